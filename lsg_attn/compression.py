@@ -1,0 +1,267 @@
+"""The compressions: which tokens become the sparse keys, and with what weight.
+
+Every type is a linear map that sends a token to at most one slot, ``sk[n] = sum over t with slot(t) = n of
+w(t) k[t]``, and ``sv`` from v by the same map. So its transpose is a gather, ``dk[t] += w(t) dsk[slot(t)]``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .pattern import LSGPattern
+
+# Each rounding error of the original's denominators is kept: it decides the weights of a group.
+_POOLING_EPS = 1e-6
+_LSH_EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A map from T tokens to N slots, for each batch and head.
+
+    Attributes:
+        slot: (batch, heads, T) int64, the token's slot; 0 with weight 0 where it has none.
+        weight: (batch, heads, T) float32 or float64, the token's weight in its slot.
+        keep: (batch, heads, N) bool, whether the slot may be seen.
+        token: (batch, heads, N) int64, the slot's only token where the map is a choice, else None. In the last block
+            it can be T or more, past the end; such a slot is not kept.
+    """
+
+    slot: Tensor
+    weight: Tensor
+    keep: Tensor
+    token: Tensor | None = None
+
+    def part(self, batch: int, heads: slice) -> Compression:
+        """The map of some heads of one batch entry; its tensors are (heads, T or N)."""
+        token = None if self.token is None else self.token[batch, heads]
+        return Compression(self.slot[batch, heads], self.weight[batch, heads], self.keep[batch, heads], token)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Compress x (..., T, head_dim) to (..., N, head_dim), summed in the weights' dtype, returned in x's."""
+        weighted = x * self.weight.unsqueeze(-1)
+        return _sum_rows(weighted, self.slot, self.keep.shape[-1]).to(x.dtype)
+
+    def transpose(self, dx: Tensor) -> Tensor:
+        """The gradient (..., T, head_dim) of :meth:`apply`'s input, given that of its output (..., N, head_dim)."""
+        return dx.gather(-2, _rows(self.slot, dx)) * self.weight.unsqueeze(-1)
+
+    def weight_gradient(self, x: Tensor, dx: Tensor) -> Tensor:
+        """The gradient (..., T) of the weights through :meth:`apply` of x, given that of its output."""
+        return (dx.gather(-2, _rows(self.slot, x)) * x).sum(-1)
+
+    def softmax_backward(self, dweight: Tensor) -> Tensor:
+        """Take (..., T) gradients of weights that are a softmax over each slot to those of its scores."""
+        product = self.weight * dweight
+        total = torch.zeros_like(self.keep, dtype=product.dtype).scatter_add(-1, self.slot, product)
+        return product - self.weight * total.gather(-1, self.slot)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What a compression may look at: the T tokens after the globals.
+
+    ``query, key``: (batch, heads, T, head_dim); ``keep``: (batch, T) bool; ``scale`` of the scores;
+    ``projections``: see :func:`lsh_directions`.
+    """
+
+    query: Tensor
+    key: Tensor
+    keep: Tensor
+    scale: float
+    projections: Sequence[Tensor] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(batch, heads, T)."""
+        batch, heads, length, _ = self.key.shape
+        return batch, heads, length
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that norms, weights and sums are computed in."""
+        return torch.promote_types(self.key.dtype, torch.float32)
+
+
+def compress(pattern: LSGPattern, tokens: Tokens) -> Compression | None:
+    """The compression that ``pattern`` asks for, or None where no query sees a compressed key."""
+    if pattern.num_slots(tokens.shape[-1]) == 0:
+        return None
+    return _COMPRESSIONS[pattern.compression](pattern, tokens)
+
+
+def lsh_directions(pattern: LSGPattern, heads: int, head_dim: int) -> tuple[Tensor, ...]:
+    """The random directions of each hashing round, normal(0, 1) from ``pattern.lsh_seed``.
+
+    Returns:
+        One float32 CPU tensor (heads, head_dim, buckets // 2) for each of ``pattern.lsh_buckets``.
+    """
+    return _draw_directions(pattern.lsh_seed, heads, head_dim, pattern.lsh_buckets)
+
+
+@lru_cache(maxsize=32)
+def _draw_directions(seed: int, heads: int, head_dim: int, buckets: tuple[int, ...]) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(heads, head_dim, m // 2, generator=generator) for m in buckets)
+
+
+def _identity(pattern: LSGPattern, tokens: Tokens) -> Compression:
+    return _choice(pattern, tokens, torch.arange(pattern.num_slots(tokens.shape[-1]), device=tokens.key.device))
+
+
+def _stride(pattern: LSGPattern, tokens: Tokens) -> Compression:
+    """Head h takes tokens n f + (h mod f)."""
+    _, heads, length = tokens.shape
+    slot = torch.arange(pattern.num_slots(length), device=tokens.key.device)
+    head = torch.arange(heads, device=tokens.key.device).unsqueeze(-1)
+    return _choice(pattern, tokens, slot * pattern.sparsity_factor + head % pattern.sparsity_factor)
+
+
+def _block_stride(pattern: LSGPattern, tokens: Tokens) -> Compression:
+    """Head h takes, in each block, the ``step`` tokens at offsets (h step + j) mod B."""
+    _, heads, length = tokens.shape
+    slot = torch.arange(pattern.num_slots(length), device=tokens.key.device)
+    head = torch.arange(heads, device=tokens.key.device).unsqueeze(-1)
+    block, offset = slot // pattern.step, slot % pattern.step
+    return _choice(pattern, tokens, block * pattern.block_size + (head * pattern.step + offset) % pattern.block_size)
+
+
+def _norm(pattern: LSGPattern, tokens: Tokens) -> Compression:
+    """In each chunk of c tokens, the c/f kept ones of largest L2 key norm, in ascending order of norm.
+
+    The order matters only where a window cuts a chunk. Of equal norms the earlier token goes first.
+    """
+    norms = torch.linalg.vector_norm(tokens.key.detach(), dim=-1, dtype=tokens.dtype)
+    norms = norms.masked_fill(~tokens.keep.unsqueeze(1), -1.0)  # below every kept token, also one of norm 0
+    norms = _pad_to_blocks(pattern, norms, -1.0).unflatten(-1, (-1, pattern.chunk))
+    chosen = norms.argsort(dim=-1, descending=True, stable=True)[..., : pattern.chunk // pattern.sparsity_factor]
+    first = torch.arange(0, norms.shape[-2] * pattern.chunk, pattern.chunk, device=norms.device)
+    return _choice(pattern, tokens, (chosen.flip(-1) + first.unsqueeze(-1)).flatten(-2))
+
+
+def _pooling(pattern: LSGPattern, tokens: Tokens) -> Compression:
+    """The mean of the kept tokens of each group of f."""
+    slot = _group_of(pattern, tokens)
+    return _mean(tokens, slot, pattern.num_slots(tokens.shape[-1]), _POOLING_EPS)
+
+
+def _bos_pooling(pattern: LSGPattern, tokens: Tokens) -> Compression:
+    """A softmax in each group of f over the scores of the first token's query, whether that is padding or not."""
+    scores = (tokens.key @ tokens.query[..., :1, :].mT).squeeze(-1).to(tokens.dtype) * tokens.scale
+    keep = _pad_to_blocks(pattern, tokens.keep.unsqueeze(1), False).unflatten(-1, (-1, pattern.sparsity_factor))
+    scores = _pad_to_blocks(pattern, scores, 0.0).unflatten(-1, (-1, pattern.sparsity_factor))
+    scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)  # finite: a group of padding is not NaN
+    weight = (scores.softmax(dim=-1) * keep).flatten(-2)
+    batch, heads, length = tokens.shape
+    return Compression(
+        slot=_group_of(pattern, tokens).expand(batch, heads, length),
+        weight=weight[..., :length],
+        keep=keep.any(-1).expand(batch, heads, -1),
+    )
+
+
+def _lsh(pattern: LSGPattern, tokens: Tokens) -> Compression:
+    """In each chunk of c tokens, c/f clusters of keys that fall into the same hash bucket, each its mean.
+
+    A round sends a row x to the argmax of [p, -p], p its products with random directions; rows of a bucket are
+    summed and go on to the next round. A row's length does not move the argmax, so it is not normalised first.
+    """
+    _, heads, length = tokens.shape
+    directions = tokens.projections
+    if directions is None:
+        directions = lsh_directions(pattern, heads, tokens.key.shape[-1])
+    # One head at a time: what is hashed then stays in cache.
+    clusters = [_clusters(pattern, tokens, head, directions) for head in range(heads)]
+    return _mean(tokens, torch.stack(clusters, dim=1), pattern.num_slots(length), _LSH_EPS)
+
+
+def _clusters(pattern: LSGPattern, tokens: Tokens, head: int, directions: Sequence[Tensor]) -> Tensor:
+    """The slot (batch, T) of each token of one head."""
+    length, buckets = tokens.shape[-1], pattern.lsh_buckets
+    x = tokens.key[:, head].detach().to(tokens.dtype)
+    if not tokens.keep.all():
+        x = x * tokens.keep.unsqueeze(-1)
+    x = _pad_to_blocks(pattern, x.mT, 0.0).mT.unflatten(-2, (-1, pattern.chunk))  # (batch, chunks, c, head_dim)
+    cluster = torch.arange(pattern.chunk, device=x.device).expand(x.shape[:-1])
+    for i, (m, direction) in enumerate(zip(buckets, directions, strict=True)):
+        bucket = _hash(x, direction[head].to(device=x.device, dtype=x.dtype)) if m > 1 else torch.zeros_like(cluster)
+        cluster = bucket.gather(-1, cluster)
+        if i + 1 < len(buckets):
+            x = _sum_rows(x, bucket, m)
+    first = torch.arange(0, cluster.shape[-2] * buckets[-1], buckets[-1], device=x.device)
+    return (cluster + first.unsqueeze(-1)).flatten(-2)[..., :length]
+
+
+def _hash(x: Tensor, direction: Tensor) -> Tensor:
+    """argmax of [p, -p] for p = x (..., head_dim) times direction (head_dim, m//2)."""
+    products = x @ direction
+    largest = products.abs().max(-1, keepdim=True).indices  # faster than argmax
+    negative = products.gather(-1, largest) < 0
+    return (largest + direction.shape[-1] * negative).squeeze(-1)
+
+
+def _choice(pattern: LSGPattern, tokens: Tokens, token: Tensor) -> Compression:
+    """The map that copies the tokens ``token``, (..., N) broadcastable to (batch, heads, N), into their slots."""
+    batch, heads, length = tokens.shape
+    keep = _pad_to_blocks(pattern, tokens.keep, False)
+    padded = keep.shape[-1]
+    token = token.expand(batch, heads, -1)
+    keep = keep.unsqueeze(1).expand(batch, heads, padded).gather(-1, token)
+    slots = torch.arange(token.shape[-1], device=token.device).expand_as(token)
+    slot = token.new_zeros(batch, heads, padded).scatter_(-1, token, slots)
+    weight = torch.zeros_like(slot, dtype=tokens.dtype).scatter_(-1, token, keep.to(tokens.dtype))
+    return Compression(slot[..., :length], weight[..., :length], keep, token)
+
+
+def _mean(tokens: Tokens, slot: Tensor, num_slots: int, eps: float) -> Compression:
+    """The map that averages the kept tokens of each slot; slot: broadcastable to (batch, heads, T)."""
+    batch, heads, length = tokens.shape
+    slot = slot.expand(batch, heads, length)
+    keep = tokens.keep.unsqueeze(1).to(tokens.dtype).expand(batch, heads, length)
+    count = keep.new_zeros(batch, heads, num_slots).scatter_add_(-1, slot, keep)
+    return Compression(slot, keep / (count.gather(-1, slot) + eps), count > 0)
+
+
+def _group_of(pattern: LSGPattern, tokens: Tokens) -> Tensor:
+    return torch.arange(tokens.shape[-1], device=tokens.key.device) // pattern.sparsity_factor
+
+
+def _pad_to_blocks(pattern: LSGPattern, x: Tensor, value: float) -> Tensor:
+    """Fill the last dimension, T tokens, up to whole blocks."""
+    missing = -x.shape[-1] % pattern.block_size
+    return torch.nn.functional.pad(x, (0, missing), value=value) if missing else x
+
+
+def _sum_rows(x: Tensor, slot: Tensor, num_slots: int) -> Tensor:
+    """Sum the rows of x (..., rows, head_dim) that go to each slot, to (..., num_slots, head_dim).
+
+    ``slot``: (..., rows), broadcastable. One flat ``index_add`` is several times faster than ``scatter_add`` here.
+    """
+    leading, (rows, head_dim) = x.shape[:-2], x.shape[-2:]
+    count = math.prod(leading)
+    first = torch.arange(0, count * num_slots, num_slots, device=x.device).view(*leading, 1)
+    index = (slot + first).expand(*leading, rows).flatten()
+    out = x.new_zeros(count * num_slots, head_dim).index_add_(0, index, x.reshape(-1, head_dim))
+    return out.view(*leading, num_slots, head_dim)
+
+
+def _rows(index: Tensor, x: Tensor) -> Tensor:
+    """An index of rows (..., n) as gather and scatter want it for x (..., rows, head_dim)."""
+    return index.unsqueeze(-1).expand(*x.shape[:-2], index.shape[-1], x.shape[-1])
+
+
+_COMPRESSIONS: dict[str, Callable[[LSGPattern, Tokens], Compression]] = {
+    "identity": _identity,
+    "norm": _norm,
+    "pooling": _pooling,
+    "bos_pooling": _bos_pooling,
+    "stride": _stride,
+    "block_stride": _block_stride,
+    "lsh": _lsh,
+}

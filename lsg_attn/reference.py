@@ -1,0 +1,58 @@
+"""The oracle: LSG attention as one dense masked softmax, differentiated by autograd. Right first, slow always."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .compression import Tokens, compress
+from .pattern import LSGPattern
+
+
+def reference_attention(
+    query: Tensor, key: Tensor, value: Tensor, keep: Tensor, pattern: LSGPattern, dropout_p: float, scale: float,
+    projections: tuple[Tensor, ...] | None,
+) -> Tensor:  # fmt: skip
+    """Dense LSG attention; arguments as :func:`lsg_attn.lsg_attention` checked them, keep: (batch, G+T) bool."""
+    first = pattern.num_global_tokens
+    tokens = Tokens(query[:, :, first:], key[:, :, first:], keep[:, first:], scale, projections)
+    visible = visible_tokens(pattern, key.shape[-2]).to(key.device) & keep[:, None, None, :]
+    compression = compress(pattern, tokens)
+    if compression is not None:
+        slots = visible_slots(pattern, key.shape[-2]).to(key.device) & compression.keep.unsqueeze(-2)
+        visible = torch.cat([visible.expand(*slots.shape[:-1], -1), slots], dim=-1)
+        key = torch.cat([key, compression.apply(key[:, :, first:])], dim=-2)
+        value = torch.cat([value, compression.apply(value[:, :, first:])], dim=-2)
+    scores = (query @ key.mT * scale).masked_fill(~visible, torch.finfo(query.dtype).min)
+    probs = scores.softmax(dim=-1) * visible  # a row that sees nothing: a uniform row times 0
+    return torch.dropout(probs, dropout_p, train=True) @ value
+
+
+def visible_tokens(pattern: LSGPattern, length: int) -> Tensor:
+    """(length, length) bool: which of the G+T tokens (columns) each query (row) sees as they are."""
+    first, num_tokens = pattern.num_global_tokens, length - pattern.num_global_tokens
+    if pattern.is_dense(num_tokens):
+        return torch.ones(length, length, dtype=torch.bool)
+    visible = torch.zeros(length, length, dtype=torch.bool)
+    visible[:first] = True
+    visible[:, :first] = True
+    for block, rows in _blocks(pattern, length):
+        start, stop = pattern.local_window(block)
+        visible[rows, first + max(start, 0) : first + stop] = True
+    return visible
+
+
+def visible_slots(pattern: LSGPattern, length: int) -> Tensor:
+    """(length, N) bool: which compressed keys (columns) each query (row) sees."""
+    num_tokens = length - pattern.num_global_tokens
+    visible = torch.zeros(length, pattern.num_slots(num_tokens), dtype=torch.bool)
+    for block, rows in _blocks(pattern, length):
+        for start, stop in pattern.sparse_windows(block):
+            visible[rows, max(start, 0) : max(stop, 0)] = True
+    return visible
+
+
+def _blocks(pattern: LSGPattern, length: int) -> list[tuple[int, slice]]:
+    first, size = pattern.num_global_tokens, pattern.block_size
+    starts = range(first, length, size)
+    return [(block, slice(start, start + size)) for block, start in enumerate(starts)]

@@ -1,0 +1,37 @@
+"""Hypothesis strategies: small patterns, lengths and inputs that reach every branch."""
+
+from hypothesis import assume
+from hypothesis import strategies as st
+
+from lsg_attn import SPARSITY_TYPES, LSGPattern
+from lsg_attn.testing import PADDINGS
+
+IMPLEMENTATIONS = ("reference", "torch")
+HEADS = 3
+
+
+@st.composite
+def patterns(draw, types=SPARSITY_TYPES, max_sparse=2.5):
+    """Valid patterns with blocks of 1 to 12, also with s not a multiple of the step, f = 1, f = B, s = 0."""
+    block_size = draw(st.sampled_from([1, 2, 4, 6, 8, 12]))
+    factors = [f for f in range(1, block_size + 1) if block_size % f == 0]
+    try:
+        return LSGPattern(
+            block_size=block_size,
+            sparse_block_size=draw(st.integers(0, int(max_sparse * block_size))),
+            sparsity_factor=draw(st.sampled_from([0, *factors])),
+            sparsity_type=draw(st.sampled_from(types)),
+            num_global_tokens=draw(st.integers(0, block_size + 2)),
+            lsh_num_pre_rounds=draw(st.integers(0, 2)),
+            lsh_seed=draw(st.integers(0, 3)),
+        )
+    except ValueError:
+        assume(False)
+
+
+@st.composite
+def cases(draw, **options):
+    """A pattern, a length G+T of up to 7 blocks, and a padding."""
+    pattern = draw(patterns(**options))
+    num_tokens = draw(st.integers(1, 7 * pattern.block_size + 1))
+    return pattern, pattern.num_global_tokens + num_tokens, draw(st.sampled_from(PADDINGS))

@@ -1,0 +1,257 @@
+"""Properties that every implementation has."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import HEADS, IMPLEMENTATIONS, cases
+
+from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
+from lsg_attn.testing import PADDINGS, Inputs, assert_close, make_inputs, relative_rms, run_attention, run_reference
+
+F64 = torch.float64
+HEAD_DIM = 5
+sdpa = torch.nn.functional.scaled_dot_product_attention
+each_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def inputs_of(case, batch=2, **options):
+    _, length, padding = case
+    return make_inputs(batch, HEADS, length, HEAD_DIM, F64, padding, **options)
+
+
+def assert_all_close(got, expected, tolerance=1e-10):
+    for name, x in expected.items():
+        assert_close(name, got[name], x, tolerance)
+
+
+@given(cases())
+@settings(max_examples=250)
+def test_torch_equals_reference(case):
+    inputs = inputs_of(case)
+    assert_all_close(run_attention(inputs, case[0], implementation="torch"), run_reference(inputs, case[0]))
+
+
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("tokens", "head_dim", "num_global_tokens", "padding"),
+    [
+        (1, 24, 0, "none"),
+        (63, 64, 1, "right"),
+        (64, 80, 17, "left"),
+        (65, 40, 130, "middle"),
+        (7 * 32 - 3, 128, 1, "random"),
+        (9 * 32, 64, 17, "right"),
+    ],
+)
+def test_error_in_each_dtype(sparsity_type, dtype, tokens, head_dim, num_global_tokens, padding):
+    """B = 32: T = 1, 2B-1, 2B, 2B+1, 7B-3, 9B."""
+    pattern = LSGPattern(32, 32, 4, sparsity_type, num_global_tokens)
+    inputs = make_inputs(
+        2, 4, tokens + num_global_tokens, head_dim, dtype, padding, garbage=1e3, num_kept=num_global_tokens + 1
+    )
+    expected = run_reference(inputs, pattern)
+    for implementation in IMPLEMENTATIONS:
+        got = run_attention(inputs, pattern, implementation=implementation)
+        for name, x in expected.items():
+            rows = inputs.attention_mask[:, None, :, None]  # what padded queries give carries no meaning
+            assert_close(f"{implementation} {name}", got[name] * rows, x * rows)
+
+
+@each_implementation
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_gradcheck(implementation, sparsity_type, padding):
+    pattern = LSGPattern(4, 4, 2, sparsity_type, num_global_tokens=2)
+    inputs = make_inputs(1, 2, 2 + 13, 3, F64, padding)
+    leaves = tuple(x.requires_grad_() for x in inputs[:3])
+
+    def attend(query, key, value):
+        return lsg_attention(query, key, value, pattern, inputs.attention_mask, implementation=implementation)
+
+    assert torch.autograd.gradcheck(attend, leaves, fast_mode=False)
+
+
+@each_implementation
+@given(cases(types=("none", "norm", "pooling")))
+def test_no_sparse_keys_is_local_attention(implementation, case):
+    pattern, length, _ = case
+    pattern = dataclasses.replace(pattern, sparse_block_size=0)
+    inputs = inputs_of(case)
+    first, size = pattern.num_global_tokens, pattern.block_size
+    block = (torch.arange(length) - first).div(size, rounding_mode="floor")
+    visible = (block[:, None] - block[None, :]).abs() <= 1
+    visible[:first] = visible[:, :first] = True
+    if length - first <= 2 * size:
+        visible[:] = True
+    visible = visible & inputs.attention_mask[:, None, None, :]
+    expected = sdpa(*inputs[:3], attn_mask=visible).where(visible.any(-1, keepdim=True), torch.zeros((), dtype=F64))
+    assert_close("out", run_attention(inputs, pattern, implementation=implementation)["out"], expected)
+
+
+@each_implementation
+@given(cases(), st.integers(0, 9))
+def test_short_sequences_are_dense_attention(implementation, case, cut):
+    pattern, _, padding = case
+    length = pattern.num_global_tokens + max(2 * pattern.block_size - cut, 1)
+    inputs = inputs_of((pattern, length, padding), num_kept=1)
+    got = run_attention(inputs, pattern, implementation=implementation)
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    out = sdpa(*leaves, attn_mask=inputs.attention_mask[:, None, None, :])
+    out.backward(inputs.dout)
+    expected = {"out": out, "dquery": leaves[0].grad, "dkey": leaves[1].grad, "dvalue": leaves[2].grad}
+    assert_all_close(got, expected)
+
+
+@each_implementation
+@pytest.mark.parametrize("sparsity_type", [t for t in SPARSITY_TYPES if t != "none"])
+@pytest.mark.parametrize("tokens", [17, 30, 40])
+def test_factor_one_and_a_long_reach_is_dense_attention(implementation, sparsity_type, tokens):
+    """Each key is then seen exactly once, raw or as its own compressed key."""
+    pattern = LSGPattern(8, 8 * 5, 1, sparsity_type, num_global_tokens=3)
+    inputs = make_inputs(2, HEADS, 3 + tokens, HEAD_DIM, F64, "random", num_kept=1)
+    expected = sdpa(*inputs[:3], attn_mask=inputs.attention_mask[:, None, None, :])
+    assert_close("out", run_attention(inputs, pattern, implementation=implementation)["out"], expected)
+
+
+@each_implementation
+@given(cases(), st.integers(1, 20))
+def test_padding_on_the_right_changes_nothing(implementation, case, extra):
+    pattern, length, _ = case
+    if pattern.is_dense(length - pattern.num_global_tokens):
+        extra = min(extra, 2 * pattern.block_size - (length - pattern.num_global_tokens))  # it stays dense
+    inputs = inputs_of(case)
+    longer = Inputs(
+        *(torch.nn.functional.pad(x, (0, 0, 0, extra), value=1e3) for x in inputs[:3]),
+        torch.nn.functional.pad(inputs.dout, (0, 0, 0, extra)),
+        torch.nn.functional.pad(inputs.attention_mask, (0, extra), value=False),
+    )
+    got = run_attention(longer, pattern, implementation=implementation)
+    expected = run_attention(inputs, pattern, implementation=implementation)
+    assert_all_close({name: x[:, :, :length] for name, x in got.items()}, expected)
+    for name in ("dquery", "dkey", "dvalue"):
+        assert not got[name][:, :, length:].any()
+
+
+@each_implementation
+@given(cases())
+def test_permuting_the_batch_permutes_the_output(implementation, case):
+    inputs = inputs_of(case, batch=3)
+    order = torch.tensor([2, 0, 1])
+    got = run_attention(Inputs(*(x[order] for x in inputs)), case[0], implementation=implementation)
+    expected = run_attention(inputs, case[0], implementation=implementation)
+    assert_all_close(got, {name: x[order] for name, x in expected.items()}, 1e-12)
+
+
+@each_implementation
+@given(cases())
+def test_rows_that_see_nothing_are_zero(implementation, case):
+    pattern, length, _ = case
+    inputs = inputs_of((pattern, length, "all"))  # the globals are masked too
+    for name, x in run_attention(inputs, pattern, implementation=implementation).items():
+        assert not x.any(), name
+
+
+@each_implementation
+@given(cases())
+def test_garbage_in_padding_never_matters(implementation, case):
+    pattern, _, _ = case
+    kept = pattern.num_global_tokens + 1  # bos_pooling pools by the first token's query, padding or not
+    clean, dirty = (inputs_of(case, garbage=garbage, num_kept=kept) for garbage in (1e-3, 1e3))
+    rows = clean.attention_mask[:, None, :, None]
+    expected = run_attention(clean, pattern, implementation=implementation)
+    got = run_attention(dirty, pattern, implementation=implementation)
+    assert_all_close(
+        {name: x.masked_fill(~rows, 0) for name, x in got.items()},
+        {name: x.masked_fill(~rows, 0) for name, x in expected.items()},
+    )
+
+
+@each_implementation
+def test_lsh_repeats_with_its_seed(implementation):
+    inputs = make_inputs(1, 4, 1 + 64, 8, F64)
+    pattern = LSGPattern(8, 8, 2, "lsh")
+    first, again = (run_attention(inputs, pattern, implementation=implementation)["out"] for _ in range(2))
+    other = run_attention(inputs, dataclasses.replace(pattern, lsh_seed=1), implementation=implementation)["out"]
+    assert torch.equal(first, again)
+    assert relative_rms(other, first) > 1e-3
+
+
+@each_implementation
+@pytest.mark.parametrize("tokens", [11, 37])
+def test_dropout_is_the_same_in_backward(implementation, tokens):
+    pattern = LSGPattern(8, 8, 2, num_global_tokens=2)
+    inputs = make_inputs(2, 2, 2 + tokens, 3, F64)
+
+    def attend(query, key, value):
+        torch.manual_seed(0)
+        return lsg_attention(query, key, value, pattern, dropout_p=0.4, implementation=implementation)
+
+    assert torch.autograd.gradcheck(attend, tuple(x.requires_grad_() for x in inputs[:3]))
+
+
+@each_implementation
+def test_dropout_has_the_right_mean_and_spread(implementation):
+    """With equal keys and values of 1, out is the mean of W Bernoulli draws over 1 - p."""
+    pattern, p, draws = LSGPattern(8, 0, 2, num_global_tokens=0), 0.3, 400
+    value = torch.ones(1, 1, 80, 4, dtype=F64)
+    query = key = torch.zeros_like(value)
+    torch.manual_seed(0)
+    outs = torch.stack(
+        [lsg_attention(query, key, value, pattern, dropout_p=p, implementation=implementation) for _ in range(draws)]
+    )[:, 0, 0, 8:72, 0]  # inner blocks see 24 keys
+    variance = p / (1 - p) / 24
+    error = (variance / outs.numel()) ** 0.5
+    assert abs(outs.mean().item() - 1) < 5 * error
+    assert abs(outs.var().item() / variance - 1) < 0.05
+    assert (outs[0] != outs[1]).any()  # another call, another mask
+
+
+@each_implementation
+def test_scale_multiplies_queries(implementation):
+    """Also those that bos_pooling pools with."""
+    inputs = make_inputs(1, 2, 2 + 50, 4, F64)
+    pattern = LSGPattern(8, 8, 4, "bos_pooling", num_global_tokens=2)
+    scaled = inputs._replace(query=inputs.query * 3)
+    expected = run_attention(scaled, pattern, implementation=implementation, scale=0.1)["out"]
+    got = run_attention(inputs, pattern, implementation=implementation, scale=0.3)["out"]
+    assert_close("out", got, expected)
+    default = run_attention(inputs, pattern, implementation=implementation)["out"]
+    assert_close("out", run_attention(inputs, pattern, implementation=implementation, scale=0.5)["out"], default)
+
+
+@each_implementation
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+def test_any_strides(implementation, sparsity_type):
+    """The (batch, length, heads, head_dim) memory of a projection, and an expanded incoming gradient."""
+    pattern = LSGPattern(8, 8, 2, sparsity_type)
+    inputs = make_inputs(2, HEADS, 1 + 45, 4, F64, "right")
+    strided = Inputs(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:4]), inputs.attention_mask)
+    ones = inputs._replace(dout=torch.ones((), dtype=F64).expand_as(inputs.dout))
+    for a, b in ((strided, inputs), (ones, inputs._replace(dout=torch.ones_like(inputs.dout)))):
+        assert_all_close(
+            run_attention(a, pattern, implementation=implementation),
+            run_attention(b, pattern, implementation=implementation),
+            1e-12,
+        )
+
+
+@each_implementation
+@pytest.mark.parametrize("shape", [(0, 2, 40, 4), (2, 0, 40, 4), (2, 2, 0, 4), (1, 2, 3, 4)])
+def test_empty_and_all_global_inputs(implementation, shape):
+    pattern = LSGPattern(8, 8, 2, num_global_tokens=min(3, shape[2]))
+    got = run_attention(make_inputs(*shape, F64), pattern, implementation=implementation)
+    assert all(x.shape == shape for x in got.values())
+
+
+def test_many_heads_and_few_scores_take_the_same_way(monkeypatch):
+    """Workspaces of one block, of some blocks, and of several heads give the same numbers."""
+    pattern = LSGPattern(8, 8, 2, num_global_tokens=3)
+    inputs = make_inputs(2, 5, 3 + 77, 4, F64, "right")
+    expected = run_reference(inputs, pattern)
+    for budget in (1, 1000, 20_000, 1 << 20):
+        monkeypatch.setattr("lsg_attn.blockwise._CPU_SCORES", budget)
+        assert_all_close(run_attention(inputs, pattern, implementation="torch"), expected)

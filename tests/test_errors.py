@@ -1,0 +1,161 @@
+"""Bad input: each a ValueError or TypeError that says what was expected and what came."""
+
+import re
+
+import pytest
+import torch
+
+from lsg_attn import LSGAttention, LSGPattern, lsg_attention
+
+PATTERN = LSGPattern(8, 8, 2, num_global_tokens=2)
+
+
+def qkv(*shape, dtype=torch.float32):
+    return [torch.randn(shape or (2, 4, 2 + 40, 8)).to(dtype) for _ in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"block_size": 0}, ValueError, "block_size: expected an int >= 1, got 0"),
+        ({"block_size": -8}, ValueError, "block_size: expected an int >= 1, got -8"),
+        ({"block_size": 8.0}, TypeError, "block_size: expected an int, got 8.0 (float)"),
+        ({"block_size": True}, TypeError, "block_size: expected an int, got True (bool)"),
+        ({"block_size": "8"}, TypeError, "block_size: expected an int, got '8' (str)"),
+        ({"sparse_block_size": -1}, ValueError, "sparse_block_size: expected an int >= 0, got -1"),
+        ({"sparse_block_size": 1.5}, TypeError, "sparse_block_size: expected an int, got 1.5 (float)"),
+        ({"sparsity_factor": -2}, ValueError, "sparsity_factor: expected an int >= 0, got -2"),
+        ({"sparsity_factor": 0.5}, TypeError, "sparsity_factor: expected an int, got 0.5 (float)"),
+        ({"num_global_tokens": -1}, ValueError, "num_global_tokens: expected an int >= 0, got -1"),
+        ({"lsh_num_pre_rounds": -1}, ValueError, "lsh_num_pre_rounds: expected an int >= 0, got -1"),
+        ({"lsh_seed": None}, TypeError, "lsh_seed: expected an int, got None (NoneType)"),
+        ({"sparsity_type": "mean"}, ValueError, "got 'mean'"),
+        ({"sparsity_type": None}, TypeError, "sparsity_type: expected a str, got NoneType"),
+        ({"sparsity_factor": 3}, ValueError, "must divide block_size, got sparsity_factor=3 and block_size=128"),
+        ({"sparse_block_size": 96}, ValueError, "got chunks of 96, sparsity_factor=2, block_size=128"),
+        ({"sparse_block_size": 2, "sparsity_factor": 4}, ValueError, "got chunks of 2, sparsity_factor=4"),
+        ({"sparse_block_size": 96, "sparsity_type": "lsh"}, ValueError, "got chunks of 96"),
+    ],
+)
+def test_pattern(arguments, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        LSGPattern(**arguments)
+
+
+def test_pattern_takes_integers_of_other_libraries():
+    assert LSGPattern(block_size=torch.tensor(64)).block_size == 64
+
+
+def test_pattern_is_frozen():
+    with pytest.raises(AttributeError):
+        PATTERN.block_size = 4
+
+
+@pytest.mark.parametrize(
+    ("sizes", "type_"), [((128, 96, 2), "pooling"), ((12, 5, 3), "stride"), ((8, 3, 2), "none"), ((8, 20, 8), "lsh")]
+)
+def test_patterns_that_are_no_mistake(sizes, type_):
+    assert LSGPattern(*sizes, type_).block_size == sizes[0]
+
+
+def bad_calls():
+    q, k, v = qkv()
+    return {
+        "no tensor": ((q.tolist(), k, v), TypeError, "query: expected a torch.Tensor, got list"),
+        "integers": ((q, k.long(), v), TypeError, "got torch.int64"),
+        "three dimensions": ((q[0], k[0], v[0]), ValueError, "got shape (4, 42, 8)"),
+        "other shape": ((q, k[:, :, 1:], v), ValueError, "key: expected query's shape"),
+        "other heads": ((q, k, v[:, :2]), ValueError, "value: expected query's shape"),
+        "other dtype": (
+            (q, k, v.double()),
+            ValueError,
+            "value: expected query's dtype torch.float32, got torch.float64",
+        ),
+        "other device": ((q, k.to("meta"), v), ValueError, "key: expected query's device cpu, got meta"),
+        "no head_dim": ((q[..., :0], k[..., :0], v[..., :0]), ValueError, "head_dim of at least 1"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_calls())
+def test_tensors(name):
+    tensors, error, message = bad_calls()[name]
+    with pytest.raises(error, match=re.escape(message)):
+        lsg_attention(*tensors, PATTERN)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"pattern": {"block_size": 8}}, TypeError, "pattern: expected an LSGPattern, got dict"),
+        (
+            {"pattern": LSGPattern(num_global_tokens=43)},
+            ValueError,
+            "expected at most the sequence's length 42, got 43",
+        ),
+        ({"attention_mask": [[1] * 40] * 2}, TypeError, "attention_mask: expected a torch.Tensor, got list"),
+        ({"attention_mask": torch.ones(2, 40)}, TypeError, "got torch.float32"),
+        (
+            {"attention_mask": torch.ones(2, 41, dtype=torch.bool)},
+            ValueError,
+            "expected shape (batch, T) = (2, 40) or (batch, G+T) = (2, 42), got (2, 41)",
+        ),
+        ({"attention_mask": torch.ones(40, dtype=torch.bool)}, ValueError, "got (40,)"),
+        ({"attention_mask": torch.ones(1, 40, dtype=torch.bool)}, ValueError, "got (1, 40)"),
+        (
+            {"attention_mask": torch.ones(2, 40, dtype=torch.bool, device="meta")},
+            ValueError,
+            "attention_mask: expected query's device cpu, got meta",
+        ),
+        ({"dropout_p": -0.1}, ValueError, "dropout_p: expected a probability in [0, 1), got -0.1"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p: expected a probability in [0, 1), got 1.0"),
+        ({"dropout_p": "0.1"}, TypeError, "dropout_p: expected a number, got str"),
+        ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
+        ({"scale": torch.ones(1)}, TypeError, "scale: expected a number, got Tensor"),
+        ({"implementation": "cuda"}, ValueError, "expected 'auto', 'triton', 'torch' or 'reference', got 'cuda'"),
+        ({"implementation": None}, TypeError, "implementation: expected a str, got NoneType"),
+        ({"implementation": "triton"}, ValueError, "can not run: this version has no Triton kernels yet; use 'auto'"),
+        ({"lsh_projections": [torch.ones(1)]}, ValueError, "this pattern compresses by 'norm'"),
+        (
+            {"pattern": LSGPattern(8, 8, 2, "lsh"), "lsh_projections": [torch.ones(4, 8, 4)]},
+            ValueError,
+            "expected tensors of shapes [(4, 8, 4), (4, 8, 2)], got [(4, 8, 4)]",
+        ),
+    ],
+)
+def test_options(options, error, message):
+    options = {"pattern": PATTERN, **options}
+    with pytest.raises(error, match=re.escape(message)):
+        lsg_attention(*qkv(), **options)
+
+
+def test_stride_types_warn_when_heads_do_not_cover_the_tokens():
+    pattern = LSGPattern(8, 8, 8, "stride")
+    with pytest.warns(UserWarning, match="at least sparsity_factor=8 heads; there are 4"):
+        lsg_attention(*qkv(), pattern)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((8.0, 2), TypeError, "embed_dim: expected an int, got 8.0 (float)"),
+        ((8, 0), ValueError, "num_heads: expected an int >= 1, got 0"),
+        ((10, 4), ValueError, "embed_dim: expected a multiple of num_heads=4, got 10"),
+        ((8, 2, {"block_size": 8}), TypeError, "pattern: expected an LSGPattern, got dict"),
+    ],
+)
+def test_layer(arguments, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        LSGAttention(*arguments)
+
+
+def test_layer_options_and_input():
+    with pytest.raises(ValueError, match=re.escape("dropout: expected a probability in [0, 1), got 2")):
+        LSGAttention(8, 2, dropout=2)
+    with pytest.raises(
+        ValueError, match="implementation: expected 'auto', 'triton', 'torch' or 'reference', got 'fast'"
+    ):
+        LSGAttention(8, 2, implementation="fast")
+    with pytest.raises(ValueError, match=re.escape("expected shape (batch, G+T, 8), got (2, 10, 12)")):
+        LSGAttention(8, 2)(torch.randn(2, 10, 12))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'block_size'"):
+        LSGAttention(8, 2, block_size=8)

@@ -1,0 +1,113 @@
+"""Who sees whom, against set arithmetic on tokens."""
+
+import pytest
+import torch
+from hypothesis import given
+from strategies import HEADS, cases
+
+from lsg_attn import LSGPattern
+from lsg_attn.compression import Tokens, compress
+from lsg_attn.reference import visible_slots, visible_tokens
+from lsg_attn.tiles import Layout
+
+
+def spans(pattern, length):
+    """The tokens that lie between slot n * f and its end, for every slot."""
+    return [range(n * pattern.sparsity_factor, (n + 1) * pattern.sparsity_factor) for n in range(length)]
+
+
+@given(cases())
+def test_windows_are_the_definition(case):
+    pattern, length, _ = case
+    first, size, sparse = pattern.num_global_tokens, pattern.block_size, pattern.sparse_block_size
+    num_tokens = length - first
+    raw = visible_tokens(pattern, length)
+    slots = visible_slots(pattern, length)
+    assert slots.shape[1] == (0 if num_tokens <= 2 * size else -(-num_tokens // size) * pattern.step)
+    for q in range(length):
+        for t in range(length):
+            near = abs((q - first) // size - (t - first) // size) <= 1
+            assert raw[q, t] == (q < first or t < first or near or num_tokens <= 2 * size)
+        block = (q - first) // size
+        for n in range(slots.shape[1]):
+            left, right = (block - 1) * pattern.step, (block + 2) * pattern.step
+            inside = left - sparse <= n < left or right <= n < right + sparse
+            assert slots[q, n] == (q >= first and inside)
+
+
+@given(cases())
+def test_no_token_is_counted_twice(case):
+    pattern, length, _ = case
+    first = pattern.num_global_tokens
+    raw, slots = visible_tokens(pattern, length), visible_slots(pattern, length)
+    for q in range(length):
+        seen = torch.zeros(length + pattern.block_size, dtype=torch.int64)
+        seen[:length] += raw[q]
+        for n in slots[q].nonzero().flatten().tolist():  # every type makes slot n from tokens of the same chunk
+            if pattern.compression in ("pooling", "bos_pooling", "stride", "identity"):
+                group = slice(first + n * pattern.sparsity_factor, first + (n + 1) * pattern.sparsity_factor)
+                seen[group] += 1
+        assert seen.max() <= 1
+
+
+@given(cases(types=("norm", "block_stride", "lsh", "stride", "pooling")))
+def test_compressed_keys_of_a_block_come_from_that_block(case):
+    pattern, length, _ = case
+    tokens = torch.randn(1, HEADS, length - pattern.num_global_tokens, 4, dtype=torch.float64)
+    keep = torch.ones(1, tokens.shape[2], dtype=torch.bool)
+    compression = compress(pattern, Tokens(tokens, tokens, keep, 0.5))
+    if compression is None:
+        assert pattern.num_slots(tokens.shape[2]) == 0
+        return
+    block_of_token = torch.arange(tokens.shape[2]) // pattern.block_size
+    block_of_slot = compression.slot // pattern.step
+    assert (block_of_slot == block_of_token)[compression.weight > 0].all()
+
+
+@given(cases())
+def test_tiles_gather_what_the_reference_sees(case):
+    """Rows numbered by their key: each block's visible rows are the keys its queries see, each of them once."""
+    pattern, length, _ = case
+    layout, num_slots = Layout(pattern, length), pattern.num_slots(length - pattern.num_global_tokens)
+    rows = torch.full((1, layout.num_rows, 1), -1.0)
+    rows[0, layout.sequence, 0] = torch.arange(length, dtype=torch.float32)
+    rows[0, layout.slots, 0] = torch.arange(length, length + num_slots, dtype=torch.float32)
+    window = layout.gather(rows, 0, torch.empty(1, layout.num_blocks, layout.window, 1))[0, :, :, 0]
+    visible = layout.visible(rows[:, :, 0] >= 0)[0]
+    expected = torch.cat([visible_tokens(pattern, length), visible_slots(pattern, length)], dim=1)
+    for block in range(layout.num_blocks):
+        got = window[block][visible[block]].long().sort().values
+        query = pattern.num_global_tokens + block * pattern.block_size
+        assert torch.equal(got, expected[query].nonzero().flatten())
+
+
+@given(cases())
+def test_scatter_add_is_the_transpose_of_gather(case):
+    pattern, length, _ = case
+    layout = Layout(pattern, length)
+    rows = torch.randn(2, layout.num_rows, 3, dtype=torch.float64)
+    src = torch.randn(2, layout.num_blocks, layout.window, 3, dtype=torch.float64)
+    into = torch.zeros_like(rows)
+    layout.scatter_add(into, 0, src)
+    gathered = layout.gather(rows, 0, torch.empty_like(src))
+    torch.testing.assert_close((gathered * src).sum(), (rows * into).sum())
+
+
+def test_step_and_reach():
+    pattern = LSGPattern(block_size=128, sparse_block_size=128, sparsity_factor=2)
+    assert (pattern.step, pattern.num_slots(4096), pattern.num_slots(256)) == (64, 2048, 0)
+    assert (pattern.reach(4096), pattern.reach(300), pattern.reach(10)) == (128, 64, 0)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"sparsity_type": "lsh", "sparse_block_size": 4, "sparsity_factor": 4}, "bos_pooling"),
+        ({"sparsity_type": "lsh"}, "lsh"),
+        ({"sparsity_type": "norm", "sparsity_factor": 1}, "identity"),
+        ({"sparsity_type": "norm", "sparsity_factor": 0}, "none"),
+        ({"sparsity_type": "norm", "sparse_block_size": 0}, "none"),
+    ],
+)
+def test_compression_that_is_really_done(parameters, expected):
+    assert LSGPattern(**parameters).compression == expected
