@@ -35,7 +35,7 @@ def blockwise_attention(
         compression = compress(pattern, tokens)
     seed = int(torch.randint(1 << 62, ())) if dropout_p else 0
     call = _Call(pattern, scale, dropout_p, seed)
-    out: Tensor = _BlockwiseAttention.apply(query, key, value, keep, call, *_tensors(compression))
+    out: Tensor = _BlockwiseAttention.apply(query, key, value, keep, call, *_tensors(compression))  # type: ignore[no-untyped-call]
     return out
 
 

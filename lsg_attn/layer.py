@@ -76,10 +76,7 @@ class LSGAttention(nn.Module):
             raise ValueError(
                 f"hidden_states: expected shape (batch, G+T, {self.embed_dim}), got {tuple(hidden_states.shape)}"
             )
-        query, key, value = (
-            proj(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = self.project(hidden_states)
         out = lsg_attention(
             query,
             key,
@@ -91,6 +88,14 @@ class LSGAttention(nn.Module):
         )
         projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return projected
+
+    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (batch, num_heads, G+T, head_dim) of hidden_states (batch, G+T, embed_dim)."""
+        query, key, value = (
+            proj(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return query, key, value
 
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}, {self.pattern}"

@@ -1,0 +1,98 @@
+"""The command line: the demo's table, the drawn pattern, bad arguments."""
+
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from strategies import cases
+
+from lsg_attn import SPARSITY_TYPES, LSGPattern
+from lsg_attn.cli import main
+from lsg_attn.draw import GLOBAL, LOCAL, NOT_SEEN, PADDING, SPARSE, kinds_of_keys
+
+
+def test_demo_prints_a_row_for_each_type(capsys, tmp_path):
+    document = tmp_path / "document.txt"
+    document.write_text("Fünf Wörter, oft genug wiederholt. " * 20, encoding="utf-8")
+    main(["demo", "--file", str(document), "--tokens", "520"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {cells[1].strip(): cells for line in lines if len(cells := line.split("│")) == 8}
+    assert set(rows) == set(SPARSITY_TYPES)
+    for cells in rows.values():
+        _, _, keys, error, seconds, _, speed, _ = (cell.strip() for cell in cells)
+        assert 300 < float(keys) < 521
+        assert 0 < float(error) < 1e-5
+        assert float(seconds) > 0
+        assert float(speed.rstrip("x")) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--file", "no such file"], "No such file"),
+        (["demo", "--tokens", "0"], "tokens: expected at least 1, got 0"),
+        (["pattern", "--block-size", "6"], "must divide block_size"),
+        (["pattern", "--padding", "99"], "0 <= num_padding <= num_tokens"),
+        (["pattern", "--sparsity-type", "mean"], "invalid choice: 'mean'"),
+    ],
+)
+def test_bad_arguments_end_with_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_empty_document(tmp_path, capsys):
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(SystemExit):
+        main(["demo", "--file", str(tmp_path / "empty")])
+    assert "has no tokens" in capsys.readouterr().err
+
+
+def test_pattern_as_text(capsys):
+    main(["pattern", "--tokens", "40", "--padding", "3", "--sparsity-type", "stride", "--num-global-tokens", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    kinds = kinds_of_keys(LSGPattern(8, 8, 4, "stride", 2), 40, 3)
+    assert lines[0] == "stride: B=8, s=8, f=4, G=2"
+    assert lines[1:43] == ["".join("·GLSx"[kind] for kind in row) for row in kinds.tolist()]
+    assert lines[10 + 1].startswith("GGLLLLLLLLLLLLLLLLLLLLLLLL")
+
+
+def test_pattern_as_picture(tmp_path):
+    out = tmp_path / "pattern.png"
+    main(["pattern", "--sparsity-type", *SPARSITY_TYPES, "--out", str(out)])
+    assert out.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("lsg_attn.cli.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main(["pattern", "--out", str(tmp_path / "pattern.png")])
+    assert "pip install 'lsg-attn[plot]'" in capsys.readouterr().err
+
+
+@given(cases())
+def test_drawn_kinds_are_what_the_windows_say(case):
+    pattern, length, _ = case
+    first, size = pattern.num_global_tokens, pattern.block_size
+    num_tokens = length - first
+    padding = num_tokens // 4
+    kinds = kinds_of_keys(pattern, num_tokens, padding)
+    block = (torch.arange(length) - first).div(size, rounding_mode="floor")
+    near = (block[:, None] - block).abs() <= 1
+    is_global = torch.zeros(length, length, dtype=torch.bool)
+    is_global[:first] = is_global[:, :first] = True
+    padded = torch.arange(length).expand(length, length) >= length - padding
+    assert torch.equal(kinds == PADDING, padded)
+    assert torch.equal(kinds == GLOBAL, is_global & ~padded)
+    if pattern.is_dense(num_tokens):
+        near[:] = True
+    assert torch.equal(kinds == LOCAL, near & ~is_global & ~padded)
+    reach = pattern.sparse_block_size * pattern.sparsity_factor
+    distance = (block[:, None] - block).abs() * size
+    assert (distance[kinds == SPARSE] <= reach + 2 * size).all()
+    assert pattern.has_sparse or not (kinds == SPARSE).any()
+    assert set(kinds.unique().tolist()) <= {NOT_SEEN, GLOBAL, LOCAL, SPARSE, PADDING}
