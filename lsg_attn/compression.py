@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .pattern import LSGPattern
+from .workspace import Workspace
 
 # Each rounding error of the original's denominators is kept: it decides the weights of a group.
 _POOLING_EPS = 1e-6
@@ -177,11 +178,14 @@ def _lsh(pattern: LSGPattern, tokens: Tokens) -> Compression:
     if directions is None:
         directions = lsh_directions(pattern, heads, tokens.key.shape[-1])
     # One head at a time: what is hashed then stays in cache.
-    clusters = [_clusters(pattern, tokens, head, directions) for head in range(heads)]
+    scratch = Workspace(tokens.key, tokens.dtype)
+    clusters = [_clusters(pattern, tokens, head, directions, scratch) for head in range(heads)]
     return _mean(tokens, torch.stack(clusters, dim=1), pattern.num_slots(length), _LSH_EPS)
 
 
-def _clusters(pattern: LSGPattern, tokens: Tokens, head: int, directions: Sequence[Tensor]) -> Tensor:
+def _clusters(
+    pattern: LSGPattern, tokens: Tokens, head: int, directions: Sequence[Tensor], scratch: Workspace
+) -> Tensor:
     """The slot (batch, T) of each token of one head."""
     length, buckets = tokens.shape[-1], pattern.lsh_buckets
     x = tokens.key[:, head].detach().to(tokens.dtype)
@@ -190,7 +194,7 @@ def _clusters(pattern: LSGPattern, tokens: Tokens, head: int, directions: Sequen
     x = _pad_to_blocks(pattern, x.mT, 0.0).mT.unflatten(-2, (-1, pattern.chunk))  # (batch, chunks, c, head_dim)
     cluster = torch.arange(pattern.chunk, device=x.device).expand(x.shape[:-1])
     for i, (m, direction) in enumerate(zip(buckets, directions, strict=True)):
-        bucket = _hash(x, direction[head].to(device=x.device, dtype=x.dtype)) if m > 1 else torch.zeros_like(cluster)
+        bucket = _hash(x, direction[head].detach().to(device=x.device, dtype=x.dtype), scratch)
         cluster = bucket.gather(-1, cluster)
         if i + 1 < len(buckets):
             x = _sum_rows(x, bucket, m)
@@ -198,12 +202,15 @@ def _clusters(pattern: LSGPattern, tokens: Tokens, head: int, directions: Sequen
     return (cluster + first.unsqueeze(-1)).flatten(-2)[..., :length]
 
 
-def _hash(x: Tensor, direction: Tensor) -> Tensor:
-    """argmax of [p, -p] for p = x (..., head_dim) times direction (head_dim, m//2)."""
-    products = x @ direction
-    largest = products.abs().max(-1, keepdim=True).indices  # faster than argmax
-    negative = products.gather(-1, largest) < 0
-    return (largest + direction.shape[-1] * negative).squeeze(-1)
+def _hash(x: Tensor, direction: Tensor, scratch: Workspace) -> Tensor:
+    """The bucket (...) of each row of x (..., head_dim): argmax of [p, -p], p = x times direction (head_dim, m//2)."""
+    x_rows, half = x.flatten(0, -2), direction.shape[-1]
+    if half == 0:  # a single bucket
+        return torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
+    products = torch.mm(x_rows, direction, out=scratch.empty("products", len(x_rows), half))
+    magnitudes = torch.abs(products, out=scratch.empty("magnitudes", *products.shape))
+    largest = magnitudes.max(-1, keepdim=True).indices  # faster than argmax
+    return (largest + half * (products.gather(-1, largest) < 0)).view(x.shape[:-1])
 
 
 def _choice(pattern: LSGPattern, tokens: Tokens, token: Tensor) -> Compression:

@@ -117,7 +117,11 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         for what in ("shape", "dtype", "device"):
             expected, got = getattr(query, what), getattr(x, what)
             _check(got == expected, ValueError, f"{name}: expected query's {what} {expected}, got {got}")
-    _check(query.shape[-1] > 0, ValueError, f"query: expected a head_dim of at least 1, got shape {tuple(query.shape)}")
+    _check(
+        query.shape[1] > 0 and query.shape[-1] > 0,
+        ValueError,
+        f"query: expected at least one head and a head_dim of at least 1, got shape {tuple(query.shape)}",
+    )
 
 
 def _keep(attention_mask: Tensor | None, query: Tensor, num_global_tokens: int) -> Tensor:

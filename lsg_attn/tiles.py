@@ -6,7 +6,6 @@ pattern lies inside. The windows of consecutive blocks are then equally spaced, 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -95,12 +94,20 @@ class Layout:
                 target = segment._replace(start=segment.start + i * segment.stride, size=piece.shape[2])
                 _windows(rows, target, first, blocks).add_(piece)
 
-    def take(self, rows: Tensor, token: Tensor) -> Tensor:
-        """The rows (n, N, width) of the tokens ``token`` (m, N), the same for every m-th of the n; rows: contiguous."""
+    def take(self, rows: Tensor, token: Tensor) -> None:
+        """Copy the rows of the tokens ``token`` (m, N) to the slots; rows (n, num_rows, width), n a multiple of m."""
+        taken = rows.flatten(0, 1).index_select(0, self._flat(rows, token))
+        rows[:, self.slots] = taken.view(rows.shape[0], -1, rows.shape[-1])
+
+    def give(self, rows: Tensor, token: Tensor) -> None:
+        """Add the rows of the slots to those of the tokens that :meth:`take` copies them from."""
+        rows.flatten(0, 1).index_add_(0, self._flat(rows, token), rows[:, self.slots].flatten(0, 1))
+
+    def _flat(self, rows: Tensor, token: Tensor) -> Tensor:
         n, num_rows, _ = rows.shape
         first = torch.arange(0, n * num_rows, num_rows, device=rows.device).view(-1, token.shape[0], 1)
-        index = (first + (token + self.tokens.start)).flatten()
-        return rows.flatten(0, 1).index_select(0, index).view(n, -1, rows.shape[-1])
+        index: Tensor = first + (token + self.tokens.start)
+        return index.flatten()
 
     def visible(self, keep: Tensor) -> Tensor:
         """(n, blocks, window) bool, which rows of its window a block sees, from keep (n, num_rows) bool."""
@@ -154,27 +161,3 @@ def _windows(rows: Tensor, segment: _Segment, first: int, blocks: int) -> Tensor
         (num_rows * width, segment.stride * width, width, 1),
         rows.storage_offset() + (segment.start + first * segment.stride) * width,
     )
-
-
-class Workspace:
-    """Named scratch memory that is used again and again, so that it stays in cache."""
-
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
-        self._memory: dict[str, Tensor] = {}
-
-    def empty(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised tensor in the memory called ``name``; what was there is lost."""
-        size = math.prod(shape)
-        if name not in self._memory or self._memory[name].numel() < size:
-            self._memory[name] = self._like.new_empty(size, dtype=dtype)
-        return self._memory[name][:size].view(shape)
-
-    def matmul(self, name: str, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
-        """alpha * a @ b for (n, rows, k) and (n, k, columns), in the memory called ``name``."""
-        return matmul_out(self.empty(name, a.shape[0], a.shape[1], b.shape[2]), a, b, alpha)
-
-
-def matmul_out(out: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
-    """Write alpha * a @ b, batched, to out and return it."""
-    return torch.baddbmm(out, a, b, beta=0, alpha=alpha, out=out)

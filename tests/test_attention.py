@@ -240,9 +240,10 @@ def test_any_strides(implementation, sparsity_type):
 
 
 @each_implementation
-@pytest.mark.parametrize("shape", [(0, 2, 40, 4), (2, 0, 40, 4), (2, 2, 0, 4), (1, 2, 3, 4)])
-def test_empty_and_all_global_inputs(implementation, shape):
-    pattern = LSGPattern(8, 8, 2, num_global_tokens=min(3, shape[2]))
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+@pytest.mark.parametrize("shape", [(0, 2, 40, 4), (2, 2, 0, 4), (1, 2, 3, 4)])
+def test_empty_and_all_global_inputs(implementation, sparsity_type, shape):
+    pattern = LSGPattern(8, 8, 2, sparsity_type, num_global_tokens=min(3, shape[2]))
     got = run_attention(make_inputs(*shape, F64), pattern, implementation=implementation)
     assert all(x.shape == shape for x in got.values())
 

@@ -53,3 +53,17 @@ def test_measure_sees_memory_that_is_freed_again():
     assert measured.result == 50_000_000
     assert measured.seconds > 0
     assert measured.peak_bytes is None or 190e6 < measured.peak_bytes < 260e6
+
+
+def test_every_measurement_runs(monkeypatch):
+    monkeypatch.setattr(cpu, "TOKENS", 512)
+    monkeypatch.setattr(cpu, "HEADS", 2)
+    rows = [cpu.attention_row(LSGPattern(), 1), *cpu.dtype_rows(1), *cpu.length_rows((512, 1024), 1)]
+    assert all(x > 0 for row in rows for x in row.values() if isinstance(x, float))
+    assert [row["tokens"] for row in rows[-2:]] == [512, 1024]
+    for who in ("ours", "original"):
+        for what in ("fwd", "f+b"):
+            peak = cpu.peak_scratch(who, what, "norm")
+            assert peak is None or peak > -0.5
+    assert cpu.as_table("title", rows[:1]).row_count == 1
+    assert cpu.machine()["torch"] == torch.__version__

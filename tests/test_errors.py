@@ -72,6 +72,7 @@ def bad_calls():
             "value: expected query's dtype torch.float32, got torch.float64",
         ),
         "other device": ((q, k.to("meta"), v), ValueError, "key: expected query's device cpu, got meta"),
+        "no heads": ((q[:, :0], k[:, :0], v[:, :0]), ValueError, "at least one head"),
         "no head_dim": ((q[..., :0], k[..., :0], v[..., :0]), ValueError, "head_dim of at least 1"),
     }
 
