@@ -21,9 +21,9 @@ from .pattern import LSGPattern
 from .tiles import Layout
 from .workspace import Workspace, matmul_out
 
-# Scores computed at a time: by each thread of a CPU (2^18 and less lose over 20%, measured on 2 cores with 2 MiB of L2
-# cache each), or by a GPU, which wants more work in each launch.
-_CPU_SCORES, _GPU_SCORES = 1 << 20, 1 << 25
+# Scores computed at a time. On 2 cores with 2 MiB of L2 cache each 2^20 and 2^21 are alike, 2^18 loses 20%; a GPU wants
+# more work in each launch.
+_CPU_SCORES, _GPU_SCORES = 1 << 21, 1 << 25
 
 
 def blockwise_attention(
@@ -184,14 +184,17 @@ class _Sweep:
         self.layout = layout = Layout(call.pattern, query.shape[-2])
         self.work = Workspace(query)
         self.sum_dtype = torch.promote_types(query.dtype, torch.float32)
-        on_cpu = query.device.type == "cpu"
-        # Heads are what the threads share out best: each then finds its keys and values in its own cache.
-        self.threads = torch.get_num_threads() if on_cpu else 1
-        self.budget = _CPU_SCORES * self.threads if on_cpu else _GPU_SCORES
         self.generator = torch.Generator(query.device).manual_seed(call.seed) if call.dropout_p else None
         _, heads, length, head_dim = query.shape
-        scores = max(layout.num_blocks * call.pattern.block_size * layout.window, layout.num_dense * length)
-        self.head_spans = list(_spans(heads, max(self.budget // max(scores, 1), self.threads)))
+        scores_of_block = call.pattern.block_size * layout.window
+        scores_of_head = max(layout.num_blocks * scores_of_block, layout.num_dense * length, 1)
+        if query.device.type == "cpu":
+            # Heads are what threads share out best: each then finds its keys and values in its own cache.
+            threads = torch.get_num_threads()
+            self.budget = max(_CPU_SCORES, threads * scores_of_block)
+        else:
+            threads, self.budget = 1, _GPU_SCORES
+        self.head_spans = list(_spans(heads, max(self.budget // scores_of_head, threads)))
         most = max((stop - start for start, stop in self.head_spans), default=0)
         self.rows = query.new_zeros(2 * most, layout.num_rows, head_dim)
 
