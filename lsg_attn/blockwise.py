@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compression import Compression, Tokens, compress
+from .compression import Compression, Tokens, compress, sum_rows
 from .pattern import LSGPattern
 from .tiles import Layout
 from .workspace import Workspace, matmul_out
@@ -76,7 +76,7 @@ class _BlockwiseAttention(torch.autograd.Function):
         sweep = _Sweep(query, key, value, keep, _compression(maps), call)
         for part in sweep.parts():
             for tile in sweep.tiles(part):
-                probs = sweep.probs(tile, tile.load(part.query))
+                probs = sweep.probs(tile, sweep.load(tile, "query", part.query))
                 if (mask := sweep.dropout_mask(probs)) is not None:
                     probs.mul_(mask)
                 tile.store(sweep.work.matmul("out", probs, tile.value), part.of(out))
@@ -92,7 +92,8 @@ class _BlockwiseAttention(torch.autograd.Function):
         for part in sweep.parts():
             drows = work.empty("drows", *part.rows.shape, dtype=sweep.sum_dtype).zero_()
             for tile in sweep.tiles(part):
-                query_tile, dout_tile = tile.load(part.query), tile.load(part.of(dout))
+                query_tile = sweep.load(tile, "query", part.query)
+                dout_tile = sweep.load(tile, "dout", part.of(dout))
                 probs = sweep.probs(tile, query_tile)
                 mask = sweep.dropout_mask(probs)
                 dprobs = work.matmul("dprobs", dout_tile, tile.value.mT)
@@ -138,7 +139,8 @@ class _Tile:
     """Queries [start, stop) of each head, in blocks of ``size`` rows that each see one window of keys.
 
     ``key, value``: (heads * blocks, window, head_dim). ``visible``: (heads or 1, blocks, window) bool; ``clipped``: the
-    blocks in which not all of it is true. ``first_block`` is None where the one block's window is the whole sequence.
+    runs [start, stop) of blocks in which not all of it is true. ``first_block`` is None where the one block's window is
+    the whole sequence.
     """
 
     layout: Layout
@@ -149,15 +151,18 @@ class _Tile:
     key: Tensor
     value: Tensor
     visible: Tensor
-    clipped: list[int]
+    clipped: list[tuple[int, int]]
 
-    def load(self, x: Tensor) -> Tensor:
-        """The tile's queries (heads * blocks, size, head_dim) of x (heads, G+T, head_dim); zeros past the end."""
-        rows = x[:, self.start : self.stop]
-        missing = -rows.shape[1] % self.size
-        if missing:
-            rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
-        return rows.reshape(-1, self.size, x.shape[-1])
+    def load(self, x: Tensor, out: Tensor) -> Tensor:
+        """Copy the tile's queries of x (heads, G+T, head_dim) to out (heads, queries, head_dim), zeros past the end.
+
+        Returns:
+            out as (heads * blocks, size, head_dim).
+        """
+        count = self.stop - self.start
+        out[:, :count] = x[:, self.start : self.stop]
+        out[:, count:] = 0
+        return out.view(-1, self.size, out.shape[-1])
 
     def store(self, x: Tensor, out: Tensor) -> None:
         """The reverse of :meth:`load`: write x to the tile's queries of out (heads, G+T, head_dim)."""
@@ -216,25 +221,30 @@ class _Sweep:
         layout, first, size = self.layout, self.call.pattern.num_global_tokens, self.call.pattern.block_size
         heads, length, head_dim = part.query.shape
         key, value = part.rows[:, layout.sequence].unflatten(0, (2, heads))
-        clipped = [0] if part.has_padding else []
+        clipped = [(0, 1)] if part.has_padding else []
         for start, stop in _spans(layout.num_dense, self.budget // max(heads * length, 1)):
             yield _Tile(layout, start, stop, stop - start, None, key, value, part.keep[None, None], clipped)
         for block, end in _spans(layout.num_blocks, self.budget // max(heads * size * layout.window, 1)):
             window = self.work.empty("window", 2 * heads, end - block, layout.window, head_dim)
             key, value = layout.gather(part.rows, block, window).view(2, -1, layout.window, head_dim)
-            clipped = [i for i in range(end - block) if part.clipped[block + i]]
+            clipped = _runs(part.clipped[block:end])
             start, stop = first + block * size, min(first + end * size, length)
             yield _Tile(layout, start, stop, size, block, key, value, part.visible[:, block:end], clipped)
+
+    def load(self, tile: _Tile, name: str, x: Tensor) -> Tensor:
+        """The tile's queries (heads * blocks, size, head_dim) of x (heads, G+T, head_dim), in the memory ``name``."""
+        heads, _, head_dim = x.shape
+        return tile.load(x, self.work.empty(name, heads, tile.visible.shape[1] * tile.size, head_dim))
 
     def probs(self, tile: _Tile, query: Tensor) -> Tensor:
         """The probabilities (heads * blocks, size, window) of the tile's queries, 0 where a key is not visible."""
         scores = self.work.matmul("probs", query, tile.key.mT, self.call.scale)
         blocks = scores.view(-1, tile.visible.shape[1], *scores.shape[1:])  # (heads, blocks, size, window)
-        for block in tile.clipped:
-            visible = tile.visible[:, block].unsqueeze(1)
+        for start, stop in tile.clipped:
+            visible = tile.visible[:, start:stop].unsqueeze(2)
             # the least finite number and not -inf, which would make a row NaN that sees nothing
             bias = torch.zeros_like(visible, dtype=scores.dtype)
-            blocks[:, block].add_(bias.masked_fill_(~visible, torch.finfo(scores.dtype).min))
+            blocks[:, start:stop].add_(bias.masked_fill_(~visible, torch.finfo(scores.dtype).min))
         return torch.softmax(scores, dim=-1, out=scores)
 
     def dropout_mask(self, probs: Tensor) -> Tensor | None:
@@ -293,7 +303,10 @@ class _Sweep:
             layout.take(rows, compression.token)
         elif compression is not None:
             tokens = rows[:, layout.tokens].unflatten(0, (2, count))
-            rows[:, layout.slots] = compression.apply(tokens).flatten(0, 1)
+            weighted = self.work.empty("weighted", *tokens.shape, dtype=self.sum_dtype)
+            torch.mul(tokens, compression.weight.unsqueeze(-1), out=weighted)
+            sums = self.work.empty("sums", 2, *compression.keep.shape, tokens.shape[-1], dtype=self.sum_dtype)
+            rows[:, layout.slots] = sum_rows(weighted, compression.slot, sums.zero_()).flatten(0, 1)
         return rows
 
 
@@ -302,3 +315,9 @@ def _spans(total: int, step: int) -> Iterator[tuple[int, int]]:
     step = max(step, 1)
     for start in range(0, total, step):
         yield start, min(start + step, total)
+
+
+def _runs(flags: list[bool]) -> list[tuple[int, int]]:
+    """The spans (start, stop) of consecutive true flags."""
+    edges = [i for i, (a, b) in enumerate(zip([False, *flags], [*flags, False], strict=True)) if a != b]
+    return list(zip(edges[::2], edges[1::2], strict=True))

@@ -47,7 +47,8 @@ class Compression:
     def apply(self, x: Tensor) -> Tensor:
         """Compress x (..., T, head_dim) to (..., N, head_dim), summed in the weights' dtype, returned in x's."""
         weighted = x * self.weight.unsqueeze(-1)
-        return _sum_rows(weighted, self.slot, self.keep.shape[-1]).to(x.dtype)
+        sums = weighted.new_zeros(*weighted.shape[:-2], self.keep.shape[-1], x.shape[-1])
+        return sum_rows(weighted, self.slot, sums).to(x.dtype)
 
     def transpose(self, dx: Tensor) -> Tensor:
         """The gradient (..., T, head_dim) of :meth:`apply`'s input, given that of its output (..., N, head_dim)."""
@@ -173,41 +174,50 @@ def _lsh(pattern: LSGPattern, tokens: Tokens) -> Compression:
     A round sends a row x to the argmax of [p, -p], p its products with random directions; rows of a bucket are
     summed and go on to the next round. A row's length does not move the argmax, so it is not normalised first.
     """
-    _, heads, length = tokens.shape
+    batch, heads, length = tokens.shape
     directions = tokens.projections
     if directions is None:
         directions = lsh_directions(pattern, heads, tokens.key.shape[-1])
-    # One head at a time: what is hashed then stays in cache.
+    directions = [direction.detach().to(tokens.key.device, tokens.dtype) for direction in directions]
+    slot = torch.empty(batch, heads, length, dtype=torch.int64, device=tokens.key.device)
+    # A head for each thread at a time: what is hashed then stays in cache.
+    step = torch.get_num_threads() if tokens.key.device.type == "cpu" else heads
     scratch = Workspace(tokens.key, tokens.dtype)
-    clusters = [_clusters(pattern, tokens, head, directions, scratch) for head in range(heads)]
-    return _mean(tokens, torch.stack(clusters, dim=1), pattern.num_slots(length), _LSH_EPS)
+    for entry in range(batch):
+        padding = None if tokens.keep[entry].all() else ~tokens.keep[entry].unsqueeze(-1)
+        for start in range(0, heads, step):
+            part = slice(start, start + step)
+            x = tokens.key[entry, part].detach().to(tokens.dtype)
+            if padding is not None:
+                x = x.masked_fill(padding, 0)
+            slot[entry, part] = _clusters(pattern, x, [direction[part] for direction in directions], scratch)
+    return _mean(tokens, slot, pattern.num_slots(length), _LSH_EPS)
 
 
-def _clusters(
-    pattern: LSGPattern, tokens: Tokens, head: int, directions: Sequence[Tensor], scratch: Workspace
-) -> Tensor:
-    """The slot (batch, T) of each token of one head."""
-    length, buckets = tokens.shape[-1], pattern.lsh_buckets
-    x = tokens.key[:, head].detach().to(tokens.dtype)
-    if not tokens.keep.all():
-        x = x * tokens.keep.unsqueeze(-1)
-    x = _pad_to_blocks(pattern, x.mT, 0.0).mT.unflatten(-2, (-1, pattern.chunk))  # (batch, chunks, c, head_dim)
+def _clusters(pattern: LSGPattern, x: Tensor, directions: Sequence[Tensor], scratch: Workspace) -> Tensor:
+    """The slot (heads, T) of each token of x (heads, T, head_dim), of which padding is 0."""
+    length, buckets = x.shape[1], pattern.lsh_buckets
+    x = _pad_to_blocks(pattern, x.mT, 0.0).mT.unflatten(1, (-1, pattern.chunk))  # (heads, chunks, c, head_dim)
     cluster = torch.arange(pattern.chunk, device=x.device).expand(x.shape[:-1])
     for i, (m, direction) in enumerate(zip(buckets, directions, strict=True)):
-        bucket = _hash(x, direction[head].detach().to(device=x.device, dtype=x.dtype), scratch)
+        bucket = _hash(x, direction, scratch)
         cluster = bucket.gather(-1, cluster)
         if i + 1 < len(buckets):
-            x = _sum_rows(x, bucket, m)
+            sums = scratch.empty(f"sums {i % 2}", *x.shape[:-2], m, x.shape[-1])  # x may lie in the other one
+            x = sum_rows(x, bucket, sums.zero_())
     first = torch.arange(0, cluster.shape[-2] * buckets[-1], buckets[-1], device=x.device)
     return (cluster + first.unsqueeze(-1)).flatten(-2)[..., :length]
 
 
 def _hash(x: Tensor, direction: Tensor, scratch: Workspace) -> Tensor:
-    """The bucket (...) of each row of x (..., head_dim): argmax of [p, -p], p = x times direction (head_dim, m//2)."""
-    x_rows, half = x.flatten(0, -2), direction.shape[-1]
+    """The bucket (heads, chunks, c) of each row of x (heads, chunks, c, head_dim), given its heads' directions.
+
+    That is the argmax of [p, -p], where p is x times direction (heads, head_dim, m//2).
+    """
+    half = direction.shape[-1]
     if half == 0:  # a single bucket
         return torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
-    products = torch.mm(x_rows, direction, out=scratch.empty("products", len(x_rows), half))
+    products = scratch.matmul("products", x.flatten(1, 2), direction)
     magnitudes = torch.abs(products, out=scratch.empty("magnitudes", *products.shape))
     largest = magnitudes.max(-1, keepdim=True).indices  # faster than argmax
     return (largest + half * (products.gather(-1, largest) < 0)).view(x.shape[:-1])
@@ -245,17 +255,17 @@ def _pad_to_blocks(pattern: LSGPattern, x: Tensor, value: float) -> Tensor:
     return torch.nn.functional.pad(x, (0, missing), value=value) if missing else x
 
 
-def _sum_rows(x: Tensor, slot: Tensor, num_slots: int) -> Tensor:
-    """Sum the rows of x (..., rows, head_dim) that go to each slot, to (..., num_slots, head_dim).
+def sum_rows(x: Tensor, slot: Tensor, out: Tensor) -> Tensor:
+    """Add the rows of x (..., rows, head_dim) to the slots that they go to in out (..., slots, head_dim), contiguous.
 
-    ``slot``: (..., rows), broadcastable. One flat ``index_add`` is several times faster than ``scatter_add`` here.
+    ``slot``: (..., rows), broadcastable. One flat ``index_add_`` is several times faster than ``scatter_add_`` here.
     """
-    leading, (rows, head_dim) = x.shape[:-2], x.shape[-2:]
+    leading, (num_slots, head_dim) = out.shape[:-2], out.shape[-2:]
     count = math.prod(leading)
     first = torch.arange(0, count * num_slots, num_slots, device=x.device).view(*leading, 1)
-    index = (slot + first).expand(*leading, rows).flatten()
-    out = x.new_zeros(count * num_slots, head_dim).index_add_(0, index, x.reshape(-1, head_dim))
-    return out.view(*leading, num_slots, head_dim)
+    index = (slot + first).flatten()
+    out.view(-1, head_dim).index_add_(0, index, x.reshape(-1, head_dim))
+    return out
 
 
 def _rows(index: Tensor, x: Tensor) -> Tensor:
