@@ -8,22 +8,17 @@ again from q and k, by the same steps.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .compression import Compression, Tokens, compress, sum_rows
+from .compression import Compression, Tokens, compress
 from .pattern import LSGPattern
-from .tiles import Layout
-from .workspace import Workspace, matmul_out
-
-# Scores computed at a time. On 2 cores with 2 MiB of L2 cache each 2^20 and 2^21 are alike, 2^18 loses 20%; a GPU wants
-# more work in each launch.
-_CPU_SCORES, _GPU_SCORES = 1 << 21, 1 << 25
+from .sweep import Sweep, Tile
+from .workspace import matmul_out
 
 
 def blockwise_attention(
@@ -36,7 +31,7 @@ def blockwise_attention(
         tokens = Tokens(query[:, :, first:], key[:, :, first:], keep[:, first:], scale, projections)
         compression = compress(pattern, tokens)
     seed = int(torch.randint(1 << 62, ())) if dropout_p else 0
-    call = _Call(pattern, scale, dropout_p, seed)
+    call = _Call(pattern, scale, dropout_p, seed, torch.get_num_threads())
     out: Tensor = _BlockwiseAttention.apply(query, key, value, keep, call, *_tensors(compression))  # type: ignore[no-untyped-call]
     return out
 
@@ -48,7 +43,8 @@ class _Call:
     pattern: LSGPattern
     scale: float
     dropout_p: float
-    seed: int  # of the dropout masks, which forward and backward draw in the same order
+    seed: int  # of the dropout masks, which forward and backward draw in the order of the sweep
+    threads: int  # which decide that order, and may change before backward
 
 
 def _tensors(compression: Compression | None) -> tuple[Tensor | None, ...]:
@@ -73,11 +69,12 @@ class _BlockwiseAttention(torch.autograd.Function):
         batch, heads, length, head_dim = query.shape
         # (batch, length, heads, head_dim) in memory, as an output projection wants it
         out = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
-        sweep = _Sweep(query, key, value, keep, _compression(maps), call)
+        sweep = Sweep(query, key, value, keep, _compression(maps), call.pattern, call.threads)
+        probabilities = _Probabilities(call, sweep)
         for part in sweep.parts():
             for tile in sweep.tiles(part):
-                probs = sweep.probs(tile, sweep.load(tile, "query", part.query))
-                if (mask := sweep.dropout_mask(probs)) is not None:
+                probs = probabilities.of(tile, sweep.load(tile, "query", part.query))
+                if (mask := probabilities.dropout_mask(probs)) is not None:
                     probs.mul_(mask)
                 tile.store(sweep.work.matmul("out", probs, tile.value), part.of(out))
         return out
@@ -86,16 +83,18 @@ class _BlockwiseAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, keep, *maps = ctx.saved_tensors
+        call: _Call = ctx.call
         dquery, dkey, dvalue = (torch.empty_like(x) for x in (query, key, value))
-        sweep = _Sweep(query, key, value, keep, _compression(maps), ctx.call)
-        work, scale = sweep.work, ctx.call.scale
+        sweep = Sweep(query, key, value, keep, _compression(maps), call.pattern, call.threads)
+        probabilities = _Probabilities(call, sweep)
+        work = sweep.work
         for part in sweep.parts():
             drows = work.empty("drows", *part.rows.shape, dtype=sweep.sum_dtype).zero_()
             for tile in sweep.tiles(part):
                 query_tile = sweep.load(tile, "query", part.query)
                 dout_tile = sweep.load(tile, "dout", part.of(dout))
-                probs = sweep.probs(tile, query_tile)
-                mask = sweep.dropout_mask(probs)
+                probs = probabilities.of(tile, query_tile)
+                mask = probabilities.dropout_mask(probs)
                 dprobs = work.matmul("dprobs", dout_tile, tile.value.mT)
                 dropped = probs
                 if mask is not None:
@@ -105,140 +104,23 @@ class _BlockwiseAttention(torch.autograd.Function):
                 matmul_out(dwindow[1], dropped.mT, dout_tile)
                 # dscores = probs * (dprobs - rowsum(probs * dprobs)), in place
                 dscores = torch.ops.aten._softmax_backward_data.out(dprobs, probs, -1, probs.dtype, grad_input=dprobs)
-                matmul_out(dwindow[0], dscores.mT, query_tile, scale)
+                matmul_out(dwindow[0], dscores.mT, query_tile, call.scale)
                 tile.scatter_add(dwindow, drows)
-                tile.store(work.matmul("out", dscores, tile.key, scale), part.of(dquery))
-            sweep.finish(part, drows, dquery, dkey, dvalue)
+                tile.store(work.matmul("out", dscores, tile.key, call.scale), part.of(dquery))
+            sweep.finish(part, drows, dquery, dkey, dvalue, call.scale)
         return dquery, dkey, dvalue, *(None for _ in range(2 + len(maps)))
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Some heads of one batch entry; ``rows`` (2 * heads, num_rows, head_dim) hold their keys, then their values.
+class _Probabilities:
+    """The attention probabilities of tiles, and their dropout masks in the order of the sweep."""
 
-    Rows of padding are zero, so that the output of a query that sees nothing is 0: a uniform mean of zeros.
-    """
+    def __init__(self, call: _Call, sweep: Sweep) -> None:
+        self._scale, self._kept, self._work = call.scale, 1.0 - call.dropout_p, sweep.work
+        self._generator = torch.Generator(sweep.query.device).manual_seed(call.seed) if call.dropout_p else None
 
-    batch: int
-    heads: slice
-    query: Tensor  # (heads, G+T, head_dim)
-    rows: Tensor
-    keep: Tensor  # (G+T,) bool
-    has_padding: bool
-    visible: Tensor  # (heads, blocks, window) bool
-    clipped: list[bool]  # for each block, whether something in its window is not visible
-    compression: Compression | None
-
-    def of(self, x: Tensor) -> Tensor:
-        """The part (heads, G+T, head_dim) of x (batch, heads, G+T, head_dim)."""
-        return x[self.batch, self.heads]
-
-
-@dataclass(frozen=True)
-class _Tile:
-    """Queries [start, stop) of each head, in blocks of ``size`` rows that each see one window of keys.
-
-    ``key, value``: (heads * blocks, window, head_dim). ``visible``: (heads or 1, blocks, window) bool; ``clipped``: the
-    runs [start, stop) of blocks in which not all of it is true. ``first_block`` is None where the one block's window is
-    the whole sequence.
-    """
-
-    layout: Layout
-    start: int
-    stop: int
-    size: int
-    first_block: int | None
-    key: Tensor
-    value: Tensor
-    visible: Tensor
-    clipped: list[tuple[int, int]]
-
-    def load(self, x: Tensor, out: Tensor) -> Tensor:
-        """Copy the tile's queries of x (heads, G+T, head_dim) to out (heads, queries, head_dim), zeros past the end.
-
-        Returns:
-            out as (heads * blocks, size, head_dim).
-        """
-        count = self.stop - self.start
-        out[:, :count] = x[:, self.start : self.stop]
-        out[:, count:] = 0
-        return out.view(-1, self.size, out.shape[-1])
-
-    def store(self, x: Tensor, out: Tensor) -> None:
-        """The reverse of :meth:`load`: write x to the tile's queries of out (heads, G+T, head_dim)."""
-        rows = x.view(out.shape[0], -1, out.shape[-1])
-        out[:, self.start : self.stop] = rows[:, : self.stop - self.start]
-
-    def scatter_add(self, dwindow: Tensor, drows: Tensor) -> None:
-        """Add gradients (2, *key.shape) of keys and values to those of the rows their windows were copied from."""
-        if self.first_block is None:
-            drows[:, self.layout.sequence] += dwindow.flatten(0, 1)
-        else:
-            _, _, window, head_dim = dwindow.shape
-            self.layout.scatter_add(drows, self.first_block, dwindow.view(drows.shape[0], -1, window, head_dim))
-
-
-class _Sweep:
-    """The order in which forward and backward go over parts and tiles, and the memory that they use again."""
-
-    def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, keep: Tensor, compression: Compression | None, call: _Call
-    ) -> None:
-        self.query, self.key, self.value, self.keep = query, key, value, keep
-        self.compression, self.call = compression, call
-        self.layout = layout = Layout(call.pattern, query.shape[-2])
-        self.work = Workspace(query)
-        self.sum_dtype = torch.promote_types(query.dtype, torch.float32)
-        self.generator = torch.Generator(query.device).manual_seed(call.seed) if call.dropout_p else None
-        _, heads, length, head_dim = query.shape
-        scores_of_block = call.pattern.block_size * layout.window
-        scores_of_head = max(layout.num_blocks * scores_of_block, layout.num_dense * length, 1)
-        if query.device.type == "cpu":
-            # Heads are what threads share out best: each then finds its keys and values in its own cache.
-            threads = torch.get_num_threads()
-            self.budget = max(_CPU_SCORES, threads * scores_of_block)
-        else:
-            threads, self.budget = 1, _GPU_SCORES
-        self.head_spans = list(_spans(heads, max(self.budget // scores_of_head, threads)))
-        most = max((stop - start for start, stop in self.head_spans), default=0)
-        self.rows = query.new_zeros(2 * most, layout.num_rows, head_dim)
-
-    def parts(self) -> Iterator[_Part]:
-        """Go over the batch, and over as many heads at a time as the budget of scores allows."""
-        for entry in range(self.query.shape[0]):
-            visible = self._visible(entry)
-            keep = self.keep[entry]
-            has_padding = not keep.all()
-            for chosen in itertools.starmap(slice, self.head_spans):
-                compression = None if self.compression is None else self.compression.part(entry, chosen)
-                rows = self._fill(entry, chosen, has_padding, compression)
-                clipped = (~visible[chosen]).any(2).any(0).tolist()
-                query = self.query[entry, chosen]
-                yield _Part(entry, chosen, query, rows, keep, has_padding, visible[chosen], clipped, compression)
-
-    def tiles(self, part: _Part) -> Iterator[_Tile]:
-        """Go over the part's queries: first those that see the whole sequence, then the blocks."""
-        layout, first, size = self.layout, self.call.pattern.num_global_tokens, self.call.pattern.block_size
-        heads, length, head_dim = part.query.shape
-        key, value = part.rows[:, layout.sequence].unflatten(0, (2, heads))
-        clipped = [(0, 1)] if part.has_padding else []
-        for start, stop in _spans(layout.num_dense, self.budget // max(heads * length, 1)):
-            yield _Tile(layout, start, stop, stop - start, None, key, value, part.keep[None, None], clipped)
-        for block, end in _spans(layout.num_blocks, self.budget // max(heads * size * layout.window, 1)):
-            window = self.work.empty("window", 2 * heads, end - block, layout.window, head_dim)
-            key, value = layout.gather(part.rows, block, window).view(2, -1, layout.window, head_dim)
-            clipped = _runs(part.clipped[block:end])
-            start, stop = first + block * size, min(first + end * size, length)
-            yield _Tile(layout, start, stop, size, block, key, value, part.visible[:, block:end], clipped)
-
-    def load(self, tile: _Tile, name: str, x: Tensor) -> Tensor:
-        """The tile's queries (heads * blocks, size, head_dim) of x (heads, G+T, head_dim), in the memory ``name``."""
-        heads, _, head_dim = x.shape
-        return tile.load(x, self.work.empty(name, heads, tile.visible.shape[1] * tile.size, head_dim))
-
-    def probs(self, tile: _Tile, query: Tensor) -> Tensor:
+    def of(self, tile: Tile, query: Tensor) -> Tensor:
         """The probabilities (heads * blocks, size, window) of the tile's queries, 0 where a key is not visible."""
-        scores = self.work.matmul("probs", query, tile.key.mT, self.call.scale)
+        scores = self._work.matmul("probs", query, tile.key.mT, self._scale)
         blocks = scores.view(-1, tile.visible.shape[1], *scores.shape[1:])  # (heads, blocks, size, window)
         for start, stop in tile.clipped:
             visible = tile.visible[:, start:stop].unsqueeze(2)
@@ -249,75 +131,7 @@ class _Sweep:
 
     def dropout_mask(self, probs: Tensor) -> Tensor | None:
         """The next mask, shaped as ``probs``: 0 with probability p, else 1 / (1 - p). None without dropout."""
-        if self.generator is None:
+        if self._generator is None:
             return None
-        kept = 1.0 - self.call.dropout_p
-        mask = self.work.empty("mask", *probs.shape)
-        return mask.bernoulli_(kept, generator=self.generator).div_(kept)
-
-    def finish(self, part: _Part, drows: Tensor, dquery: Tensor, dkey: Tensor, dvalue: Tensor) -> None:
-        """Bring a part's gradients of compressed keys back to the tokens, and store those of keys and values."""
-        layout, compression, heads = self.layout, part.compression, part.query.shape[0]
-        if compression is not None:
-            dkey_slots, dvalue_slots = drows[:, layout.slots].unflatten(0, (2, heads))
-            dkey_tokens, dvalue_tokens = drows[:, layout.tokens].unflatten(0, (2, heads))
-            if self.call.pattern.compression == "bos_pooling":
-                key, value = part.rows[:, layout.tokens].unflatten(0, (2, heads))
-                dweight = compression.weight_gradient(key, dkey_slots) + compression.weight_gradient(
-                    value, dvalue_slots
-                )
-                dscores = self.call.scale * compression.softmax_backward(dweight).unsqueeze(-1)
-                bos = self.call.pattern.num_global_tokens
-                part.of(dquery)[:, bos] += (dscores * key).sum(-2)
-                dkey_tokens += dscores * part.query[:, bos : bos + 1]
-            if compression.token is not None:
-                layout.give(drows, compression.token)
-            else:
-                dkey_tokens += compression.transpose(dkey_slots)
-                dvalue_tokens += compression.transpose(dvalue_slots)
-        sequence = drows[:, layout.sequence]
-        if part.has_padding:
-            # A query that sees nothing spreads evenly over zero values; its gradient must not reach them.
-            sequence.masked_fill_(~part.keep.unsqueeze(-1), 0)
-        for grad, rows in zip((dkey, dvalue), sequence.split(heads), strict=True):
-            part.of(grad).copy_(rows)
-
-    def _visible(self, entry: int) -> Tensor:
-        """(heads, blocks, window) bool of one batch entry."""
-        keep = self.keep.new_zeros(self.query.shape[1], self.layout.num_rows)
-        keep[:, self.layout.sequence] = self.keep[entry]
-        if self.compression is not None:
-            keep[:, self.layout.slots] = self.compression.keep[entry]
-        return self.layout.visible(keep)
-
-    def _fill(self, entry: int, heads: slice, has_padding: bool, compression: Compression | None) -> Tensor:
-        """Copy keys and values of some heads into the rows, compress them there; margins stay zero from the start."""
-        layout, count = self.layout, heads.stop - heads.start
-        rows = self.rows[: 2 * count]
-        sequence = rows[:, layout.sequence]
-        for x, target in zip((self.key, self.value), sequence.split(count), strict=True):
-            target.copy_(x[entry, heads])
-        if has_padding:
-            sequence.masked_fill_(~self.keep[entry].unsqueeze(-1), 0)
-        if compression is not None and compression.token is not None:
-            layout.take(rows, compression.token)
-        elif compression is not None:
-            tokens = rows[:, layout.tokens].unflatten(0, (2, count))
-            weighted = self.work.empty("weighted", *tokens.shape, dtype=self.sum_dtype)
-            torch.mul(tokens, compression.weight.unsqueeze(-1), out=weighted)
-            sums = self.work.empty("sums", 2, *compression.keep.shape, tokens.shape[-1], dtype=self.sum_dtype)
-            rows[:, layout.slots] = sum_rows(weighted, compression.slot, sums.zero_()).flatten(0, 1)
-        return rows
-
-
-def _spans(total: int, step: int) -> Iterator[tuple[int, int]]:
-    """Cut range(total) into spans (start, stop) of ``step`` each, or of 1 where that is 0; the last may be shorter."""
-    step = max(step, 1)
-    for start in range(0, total, step):
-        yield start, min(start + step, total)
-
-
-def _runs(flags: list[bool]) -> list[tuple[int, int]]:
-    """The spans (start, stop) of consecutive true flags."""
-    edges = [i for i, (a, b) in enumerate(zip([False, *flags], [*flags, False], strict=True)) if a != b]
-    return list(zip(edges[::2], edges[1::2], strict=True))
+        mask = self._work.empty("mask", *probs.shape)
+        return mask.bernoulli_(self._kept, generator=self._generator).div_(self._kept)

@@ -7,13 +7,15 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
 
-class Measured(NamedTuple, Generic[T]):
+@dataclass(frozen=True)
+class Measured(Generic[T]):
     """What a call returned, its seconds, and by how many bytes the process grew at its peak (None if unknown)."""
 
     result: T

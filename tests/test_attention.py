@@ -194,6 +194,26 @@ def test_dropout_is_the_same_in_backward(implementation, tokens):
 
 
 @each_implementation
+def test_dropout_is_the_same_in_backward_on_other_threads(implementation, monkeypatch):
+    """What the backward draws must not depend on how many threads there are by then."""
+    monkeypatch.setattr("lsg_attn.sweep._CPU_SCORES", 1)  # as in a long sequence: as many heads at a time as threads
+    pattern = LSGPattern(8, 8, 2)
+    inputs = make_inputs(1, 8, 1 + 60, 4, F64)
+    grads, threads = [], torch.get_num_threads()
+    for threads_of_backward in (threads, threads + 1):
+        query = inputs.query.clone().requires_grad_()
+        torch.manual_seed(0)
+        out = lsg_attention(query, *inputs[1:3], pattern, dropout_p=0.5, implementation=implementation)
+        torch.set_num_threads(threads_of_backward)
+        try:
+            out.backward(inputs.dout)
+        finally:
+            torch.set_num_threads(threads)
+        grads.append(query.grad)
+    assert_close("dquery", grads[1], grads[0])
+
+
+@each_implementation
 def test_dropout_has_the_right_mean_and_spread(implementation):
     """With equal keys and values of 1, out is the mean of W Bernoulli draws over 1 - p."""
     pattern, p, draws = LSGPattern(8, 0, 2, num_global_tokens=0), 0.3, 400
@@ -254,5 +274,5 @@ def test_many_heads_and_few_scores_take_the_same_way(monkeypatch):
     inputs = make_inputs(2, 5, 3 + 77, 4, F64, "right")
     expected = run_reference(inputs, pattern)
     for budget in (1, 1000, 20_000, 1 << 20):
-        monkeypatch.setattr("lsg_attn.blockwise._CPU_SCORES", budget)
+        monkeypatch.setattr("lsg_attn.sweep._CPU_SCORES", budget)
         assert_all_close(run_attention(inputs, pattern, implementation="torch"), expected)

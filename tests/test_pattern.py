@@ -7,8 +7,8 @@ from strategies import HEADS, cases
 
 from lsg_attn import LSGPattern
 from lsg_attn.compression import Tokens, compress
+from lsg_attn.layout import Layout
 from lsg_attn.reference import visible_slots, visible_tokens
-from lsg_attn.tiles import Layout
 
 
 def spans(pattern, length):

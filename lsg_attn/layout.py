@@ -1,4 +1,4 @@
-"""Tiles of the block-wise implementation: which rows the windows of consecutive query blocks are, gathered, scattered.
+"""Layout of the block-wise implementation: where tokens, compressed keys and the windows of blocks lie in memory.
 
 A head's tokens and compressed keys lie in one buffer of rows with zeros around both, so that every window of the
 pattern lies inside. The windows of consecutive blocks are then equally spaced, and one strided copy moves them.
