@@ -1,5 +1,6 @@
 """The package as it is installed: imports, the kernels/ trap, wheel and sdist."""
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -65,3 +66,9 @@ def test_wheel_works_where_the_checkout_is_not(wheel, tmp_path):
     assert Path(path) == tmp_path / "lsg_attn/kernels"
     assert (Path(path) / "README.md").exists()
     assert shape == "(1, 700, 8)"
+
+
+def test_readme_quick_start_runs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code += "print(tuple(out.shape), layer.q_proj.weight.grad.abs().sum().item() > 0)"
+    assert run(code, tmp_path) == "(2, 4001, 768) True"
