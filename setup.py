@@ -6,14 +6,16 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-(VERSION,) = re.findall(r'^__version__ = "(.+)"', (ROOT / "lsg_attn/__init__.py").read_text(), re.MULTILINE)
+(VERSION,) = re.findall(
+    r'^__version__ = "(.+)"', (ROOT / "lsg_attn/__init__.py").read_text(encoding="utf-8"), re.MULTILINE
+)
 TRANSFORMERS = "transformers>=4.44.2,!=5.0.0"
 
 setup(
     name="lsg-attn",
     version=VERSION,
     description="Local + Sparse + Global attention for long documents",
-    long_description=(ROOT / "README.md").read_text(),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE"],
@@ -24,7 +26,6 @@ setup(
     package_data={"lsg_attn": ["py.typed"], "lsg_attn.kernels": ["README.md"]},
     install_requires=[
         "torch>=2.5",
-        "numpy>=1.24",
         "rich>=13",
         'triton>=3.4; sys_platform == "linux" and platform_machine in "x86_64 aarch64"',
     ],
@@ -37,6 +38,7 @@ setup(
             "lsg-converter==0.1.9",
             "matplotlib>=3.7",
             "mypy>=1.10",
+            "numpy>=1.24",
             "pytest>=8",
             "ruff>=0.12",
             TRANSFORMERS,

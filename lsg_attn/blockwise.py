@@ -30,7 +30,7 @@ def blockwise_attention(
     with torch.no_grad():
         tokens = Tokens(query[:, :, first:], key[:, :, first:], keep[:, first:], scale, projections)
         compression = compress(pattern, tokens)
-    seed = int(torch.randint(1 << 62, ())) if dropout_p else 0
+    seed = int(torch.randint(1 << 62, (), device="cpu")) if dropout_p else 0
     call = _Call(pattern, scale, dropout_p, seed, torch.get_num_threads())
     out: Tensor = _BlockwiseAttention.apply(query, key, value, keep, call, *_tensors(compression))  # type: ignore[no-untyped-call]
     return out

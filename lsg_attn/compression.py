@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from .pattern import LSGPattern
 from .workspace import Workspace
 
-# Each rounding error of the original's denominators is kept: it decides the weights of a group.
+# Added to the counts that means are divided by, as in the original: an empty slot then gives 0.
 _POOLING_EPS = 1e-6
 _LSH_EPS = 1e-8
 
@@ -109,8 +110,9 @@ def lsh_directions(pattern: LSGPattern, heads: int, head_dim: int) -> tuple[Tens
 
 @lru_cache(maxsize=32)
 def _draw_directions(seed: int, heads: int, head_dim: int, buckets: tuple[int, ...]) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(heads, head_dim, m // 2, generator=generator) for m in buckets)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    options: dict[str, Any] = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+    return tuple(torch.randn(heads, head_dim, m // 2, **options) for m in buckets)
 
 
 def _identity(pattern: LSGPattern, tokens: Tokens) -> Compression:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from .checks import check, integer, probability, type_name
 from .functional import check_implementation, lsg_attention
 from .pattern import LSGPattern
 
@@ -37,22 +39,19 @@ class LSGAttention(nn.Module):
         implementation: str = "auto",
     ) -> None:
         super().__init__()
-        for name, value in (("embed_dim", embed_dim), ("num_heads", num_heads)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name}: expected an int, got {value!r} ({type(value).__name__})")
-            if value < 1:
-                raise ValueError(f"{name}: expected an int >= 1, got {value}")
-        if embed_dim % num_heads:
-            raise ValueError(f"embed_dim: expected a multiple of num_heads={num_heads}, got {embed_dim}")
-        if pattern is not None and not isinstance(pattern, LSGPattern):
-            raise TypeError(f"pattern: expected an LSGPattern, got {type(pattern).__name__}")
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
-        check_implementation(implementation)
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
+        self.embed_dim = integer("embed_dim", embed_dim, 1)
+        self.num_heads = integer("num_heads", num_heads, 1)
+        check(
+            self.embed_dim % self.num_heads == 0,
+            ValueError,
+            f"embed_dim: expected a multiple of num_heads={num_heads}, got {embed_dim}",
+        )
         self.pattern = LSGPattern() if pattern is None else pattern
-        self.dropout = dropout
+        got = type_name(pattern)
+        check(isinstance(self.pattern, LSGPattern), TypeError, f"pattern: expected an LSGPattern, got {got}")
+        self.dropout = probability("dropout", dropout)
+        check(isinstance(bias, bool), TypeError, f"bias: expected a bool, got {type_name(bias)}")
+        check_implementation(implementation)
         self.implementation = implementation
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
         self.k_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
@@ -70,12 +69,11 @@ class LSGAttention(nn.Module):
             (batch, G+T, embed_dim), of the input's dtype.
 
         Raises:
-            ValueError: ``hidden_states`` has another shape, or the mask does not fit.
+            TypeError: ``hidden_states`` is not a tensor.
+            ValueError: ``hidden_states`` has another shape, or the parameters' dtype (but under autocast) or device
+                is another, or the mask does not fit.
         """
-        if hidden_states.dim() != 3 or hidden_states.shape[-1] != self.embed_dim:
-            raise ValueError(
-                f"hidden_states: expected shape (batch, G+T, {self.embed_dim}), got {tuple(hidden_states.shape)}"
-            )
+        self._check_input(hidden_states)
         query, key, value = self.project(hidden_states)
         out = lsg_attention(
             query,
@@ -88,6 +86,27 @@ class LSGAttention(nn.Module):
         )
         projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
         return projected
+
+    def _check_input(self, x: Tensor) -> None:
+        check(isinstance(x, Tensor), TypeError, f"hidden_states: expected a torch.Tensor, got {type_name(x)}")
+        check(
+            x.dim() == 3 and x.shape[-1] == self.embed_dim,
+            ValueError,
+            f"hidden_states: expected shape (batch, G+T, {self.embed_dim}), got {tuple(x.shape)}",
+        )
+        if type(self.q_proj) is not nn.Linear:
+            return  # an adapter or a quantised projection in its place knows what it takes
+        weight = self.q_proj.weight
+        check(
+            x.device == weight.device,
+            ValueError,
+            f"hidden_states: expected the parameters' device {weight.device}, got {x.device}",
+        )
+        check(
+            x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type),
+            ValueError,
+            f"hidden_states: expected the parameters' dtype {weight.dtype}, got {x.dtype}",
+        )
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (batch, num_heads, G+T, head_dim) of hidden_states (batch, G+T, embed_dim)."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
+
+from .checks import check, integer, type_name
 
 SPARSITY_TYPES = ("norm", "pooling", "bos_pooling", "stride", "block_stride", "lsh", "none")
 
@@ -18,7 +19,8 @@ class LSGPattern:
 
     Args:
         block_size: B, queries in a block; at least 1. T need not be a multiple.
-        sparse_block_size: s, compressed keys seen on each side. 0 turns the sparse part off.
+        sparse_block_size: s, compressed keys seen on each side. 0 turns the sparse part off. For ``norm`` and ``lsh``
+            min(B, s) must divide B and be a multiple of f.
         sparsity_factor: f, tokens that one compressed key stands for; divides B. 0 turns the sparse part off,
             1 takes the tokens themselves.
         sparsity_type: how tokens become compressed keys, one of ``SPARSITY_TYPES``.
@@ -41,11 +43,11 @@ class LSGPattern:
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
-            object.__setattr__(self, name, _integer(name, getattr(self, name), least))
-        if not isinstance(self.sparsity_type, str):
-            raise TypeError(f"sparsity_type: expected a str, got {type(self.sparsity_type).__name__}")
-        if self.sparsity_type not in SPARSITY_TYPES:
-            raise ValueError(f"sparsity_type: expected one of {SPARSITY_TYPES}, got {self.sparsity_type!r}")
+            object.__setattr__(self, name, integer(name, getattr(self, name), least))
+        check(self.lsh_seed < 1 << 63, ValueError, f"lsh_seed: expected an int below 2**63, got {self.lsh_seed}")
+        name = self.sparsity_type
+        check(isinstance(name, str), TypeError, f"sparsity_type: expected a str, got {type_name(name)}")
+        check(name in SPARSITY_TYPES, ValueError, f"sparsity_type: expected one of {SPARSITY_TYPES}, got {name!r}")
         if not self.has_sparse:
             return
         if self.block_size % self.sparsity_factor:
@@ -131,15 +133,3 @@ _LEAST = {
     "lsh_num_pre_rounds": 0,
     "lsh_seed": 0,
 }
-
-
-def _integer(name: str, value: object, least: int) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]  # numpy and torch integers too; a float raises
-    except TypeError:
-        raise TypeError(f"{name}: expected an int, got {value!r} ({type(value).__name__})") from None
-    if number < least:
-        raise ValueError(f"{name}: expected an int >= {least}, got {number}")
-    return number

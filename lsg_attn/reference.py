@@ -23,7 +23,7 @@ def reference_attention(
         visible = torch.cat([visible.expand(*slots.shape[:-1], -1), slots], dim=-1)
         key = torch.cat([key, compression.apply(key[:, :, first:])], dim=-2)
         value = torch.cat([value, compression.apply(value[:, :, first:])], dim=-2)
-    scores = (query @ key.mT * scale).masked_fill(~visible, torch.finfo(query.dtype).min)
+    scores = (query * scale @ key.mT).masked_fill(~visible, torch.finfo(query.dtype).min)
     probs = scores.softmax(dim=-1) * visible  # a row that sees nothing: a uniform row times 0
     return torch.dropout(probs, dropout_p, train=True) @ value
 

@@ -97,7 +97,7 @@ def test_map_is_the_definition(pattern, data):
 def test_transpose_is_the_transpose(pattern, seed):
     generator = torch.Generator().manual_seed(seed)
     num_tokens = 3 * pattern.block_size + 1
-    x, query, dslots = (torch.randn(2, HEADS, num_tokens, 4, generator=generator) for _ in range(3))
+    x, query = (torch.randn(2, HEADS, num_tokens, 4, generator=generator) for _ in range(2))
     keep = torch.rand(2, num_tokens, generator=generator) < 0.7
     compression = compress(pattern, Tokens(query.double(), x.double(), keep, 0.5))
     if compression is None:

@@ -1,6 +1,7 @@
 """Bad input: each a ValueError or TypeError that says what was expected and what came."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ def qkv(*shape, dtype=torch.float32):
         ({"sparsity_factor": 0.5}, TypeError, "sparsity_factor: expected an int, got 0.5 (float)"),
         ({"num_global_tokens": -1}, ValueError, "num_global_tokens: expected an int >= 0, got -1"),
         ({"lsh_num_pre_rounds": -1}, ValueError, "lsh_num_pre_rounds: expected an int >= 0, got -1"),
+        ({"lsh_seed": 1 << 63}, ValueError, "lsh_seed: expected an int below 2**63"),
         ({"lsh_seed": None}, TypeError, "lsh_seed: expected an int, got None (NoneType)"),
         ({"sparsity_type": "mean"}, ValueError, "got 'mean'"),
         ({"sparsity_type": None}, TypeError, "sparsity_type: expected a str, got NoneType"),
@@ -119,7 +121,7 @@ def test_tensors(name):
         (
             {"pattern": LSGPattern(8, 8, 2, "lsh"), "lsh_projections": [torch.ones(4, 8, 4)]},
             ValueError,
-            "expected tensors of shapes [(4, 8, 4), (4, 8, 2)], got [(4, 8, 4)]",
+            "expected shapes [(4, 8, 4), (4, 8, 2)], got [(4, 8, 4)]",
         ),
     ],
 )
@@ -129,10 +131,26 @@ def test_options(options, error, message):
         lsg_attention(*qkv(), **options)
 
 
-def test_stride_types_warn_when_heads_do_not_cover_the_tokens():
-    pattern = LSGPattern(8, 8, 8, "stride")
+@pytest.mark.parametrize("projections", [3, [1, 2], [torch.ones(4, 8, 4, dtype=torch.complex64)] * 2])
+def test_projections_of_a_wrong_type(projections):
+    with pytest.raises(TypeError, match="lsh_projections: expected"):
+        lsg_attention(*qkv(), LSGPattern(8, 8, 2, "lsh"), lsh_projections=projections)
+
+
+def test_projections_on_another_device():
+    projections = [torch.ones(4, 8, m, device="meta") for m in (4, 2)]
+    with pytest.raises(ValueError, match="lsh_projections: expected query's device cpu, got meta"):
+        lsg_attention(*qkv(), LSGPattern(8, 8, 2, "lsh"), lsh_projections=projections)
+
+
+@pytest.mark.parametrize("sparsity_type", ["stride", "block_stride"])
+def test_stride_types_warn_when_heads_do_not_cover_the_tokens(sparsity_type):
     with pytest.warns(UserWarning, match="at least sparsity_factor=8 heads; there are 4"):
-        lsg_attention(*qkv(), pattern)
+        lsg_attention(*qkv(), LSGPattern(8, 8, 8, sparsity_type))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lsg_attention(*qkv(), LSGPattern(8, 8, 4, sparsity_type))  # as many heads as tokens in a group
+        lsg_attention(*qkv(2, 4, 17, 8), LSGPattern(8, 8, 8, sparsity_type))  # short: nothing is compressed
 
 
 @pytest.mark.parametrize(
@@ -142,6 +160,7 @@ def test_stride_types_warn_when_heads_do_not_cover_the_tokens():
         ((8, 0), ValueError, "num_heads: expected an int >= 1, got 0"),
         ((10, 4), ValueError, "embed_dim: expected a multiple of num_heads=4, got 10"),
         ((8, 2, {"block_size": 8}), TypeError, "pattern: expected an LSGPattern, got dict"),
+        ((8, True), TypeError, "num_heads: expected an int, got True (bool)"),
     ],
 )
 def test_layer(arguments, error, message):
@@ -152,6 +171,16 @@ def test_layer(arguments, error, message):
 def test_layer_options_and_input():
     with pytest.raises(ValueError, match=re.escape("dropout: expected a probability in [0, 1), got 2")):
         LSGAttention(8, 2, dropout=2)
+    with pytest.raises(TypeError, match="dropout: expected a number, got bool"):
+        LSGAttention(8, 2, dropout=False)
+    with pytest.raises(TypeError, match="bias: expected a bool, got str"):
+        LSGAttention(8, 2, bias="no")
+    with pytest.raises(TypeError, match=re.escape("hidden_states: expected a torch.Tensor, got list")):
+        LSGAttention(8, 2)([[0.0] * 8])
+    with pytest.raises(ValueError, match=re.escape("parameters' dtype torch.float32, got torch.float64")):
+        LSGAttention(8, 2)(torch.randn(2, 10, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match="expected the parameters' device cpu, got meta"):
+        LSGAttention(8, 2)(torch.randn(2, 10, 8, device="meta"))
     with pytest.raises(
         ValueError, match="implementation: expected 'auto', 'triton', 'torch' or 'reference', got 'fast'"
     ):
