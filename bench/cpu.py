@@ -276,7 +276,7 @@ def as_table(title: str, rows: list[dict[str, Any]]) -> Table:
     """Rows of one shape as a table."""
     table = Table(title=title, title_justify="left")
     for column in rows[0]:
-        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right", overflow="fold")
     for row in rows:
         table.add_row(*(f"{x:.2f}" if isinstance(x, float) else "n/a" if x is None else str(x) for x in row.values()))
     return table
