@@ -15,11 +15,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from .compression import Tokens, compress, lsh_directions
-from .functional import lsg_attention
 from .layer import LSGAttention
 from .measure import measure
 from .pattern import SPARSITY_TYPES, LSGPattern
-from .reference import visible_slots, visible_tokens
+from .reference import reference_attention, visible_slots, visible_tokens
 from .testing import relative_rms
 
 # BART-base's encoder (arXiv 1910.13461)
@@ -201,15 +200,16 @@ def check_last_layer(stack: EncoderStack, hidden: Tensor) -> Check:
     for hook in hooks:
         hook.remove()
     query, key, value = (x[:, :CHECKED_HEADS].double() for x in layer.project(seen["hidden"]))
-    projections = None
+    projections: tuple[Tensor, ...] | None = None
     if pattern.compression == "lsh":  # the directions of these heads among all
-        projections = [direction[:CHECKED_HEADS] for direction in lsh_directions(pattern, HEADS, WIDTH // HEADS)]
-    expected = lsg_attention(query, key, value, pattern, implementation="reference", lsh_projections=projections)
+        directions = lsh_directions(pattern, HEADS, WIDTH // HEADS)
+        projections = tuple(direction[:CHECKED_HEADS] for direction in directions)
+    length, first, scale = hidden.shape[1], pattern.num_global_tokens, (WIDTH // HEADS) ** -0.5
+    keep = torch.ones(1, length, dtype=torch.bool)
+    expected = reference_attention(query, key, value, keep, pattern, 0.0, scale, projections)
     got = seen["out"].unflatten(-1, (HEADS, -1)).transpose(1, 2)[:, :CHECKED_HEADS]
 
-    length, first = hidden.shape[1], pattern.num_global_tokens
-    keep = torch.ones(1, length - first, dtype=torch.bool)
-    tokens = Tokens(query[:, :, first:], key[:, :, first:], keep, (WIDTH // HEADS) ** -0.5, projections)
+    tokens = Tokens(query[:, :, first:], key[:, :, first:], keep[:, first:], scale, projections)
     keys = visible_tokens(pattern, length).sum().item()
     if (compression := compress(pattern, tokens)) is not None:  # clusters of lsh can be empty
         keys += (visible_slots(pattern, length).sum(0) * compression.keep[0]).sum().item() / CHECKED_HEADS

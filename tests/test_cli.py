@@ -1,6 +1,7 @@
 """The command line: the demo's table, the drawn pattern, bad arguments."""
 
 import sys
+import warnings
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from lsg_attn.draw import GLOBAL, LOCAL, NOT_SEEN, PADDING, SPARSE, kinds_of_key
 def test_demo_prints_a_row_for_each_type(capsys, tmp_path):
     document = tmp_path / "document.txt"
     document.write_text("Fünf Wörter, oft genug wiederholt. " * 20, encoding="utf-8")
-    main(["demo", "--file", str(document), "--tokens", "520"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        main(["demo", "--file", str(document), "--tokens", "520"])
     lines = capsys.readouterr().out.splitlines()
     rows = {cells[1].strip(): cells for line in lines if len(cells := line.split("│")) == 8}
     assert set(rows) == set(SPARSITY_TYPES)
