@@ -7,12 +7,6 @@ import numbers
 import operator
 
 
-def check(condition: bool, error: type[Exception], message: str) -> None:
-    """Raise ``error(message)`` unless the condition holds."""
-    if not condition:
-        raise error(message)
-
-
 def integer(name: str, value: object, least: int) -> int:
     """``value`` as an int, also from numpy and torch integers; TypeError or ValueError if it is none or too small."""
     try:
@@ -21,7 +15,8 @@ def integer(name: str, value: object, least: int) -> int:
         number = operator.index(value)  # type: ignore[arg-type]  # a float raises TypeError
     except TypeError:
         raise TypeError(f"{name}: expected an int, got {value!r} ({type_name(value)})") from None
-    check(number >= least, ValueError, f"{name}: expected an int >= {least}, got {number}")
+    if number < least:
+        raise ValueError(f"{name}: expected an int >= {least}, got {number}")
     return number
 
 
@@ -29,14 +24,16 @@ def number(name: str, value: object) -> float:
     """``value`` as a finite float, also from numpy floats; TypeError or ValueError if it is none."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {type_name(value)}")
-    check(math.isfinite(value), ValueError, f"{name}: expected a finite number, got {value}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
     return float(value)
 
 
 def probability(name: str, value: object) -> float:
     """``value`` as a float in [0, 1); TypeError or ValueError if it is none."""
     p = number(name, value)
-    check(0.0 <= p < 1.0, ValueError, f"{name}: expected a probability in [0, 1), got {p}")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{name}: expected a probability in [0, 1), got {p}")
     return p
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .blockwise import blockwise_attention
-from .checks import check, number, probability, type_name
+from .checks import number, probability, type_name
 from .pattern import LSGPattern
 from .reference import reference_attention
 
@@ -66,12 +66,12 @@ def lsg_attention(
     """
     _check_tensors(query, key, value)
     _, heads, length, head_dim = query.shape
-    check(isinstance(pattern, LSGPattern), TypeError, f"pattern: expected an LSGPattern, got {type_name(pattern)}")
-    check(
-        pattern.num_global_tokens <= length,
-        ValueError,
-        f"num_global_tokens: expected at most the sequence's length {length}, got {pattern.num_global_tokens}",
-    )
+    if not isinstance(pattern, LSGPattern):
+        raise TypeError(f"pattern: expected an LSGPattern, got {type_name(pattern)}")
+    if pattern.num_global_tokens > length:
+        raise ValueError(
+            f"num_global_tokens: expected at most the sequence's length {length}, got {pattern.num_global_tokens}"
+        )
     check_implementation(implementation)
     keep = _keep(attention_mask, query, pattern.num_global_tokens)
     dropout_p = probability("dropout_p", dropout_p)
@@ -95,38 +95,32 @@ def check_implementation(implementation: str) -> None:
         TypeError: it is not a string.
         ValueError: there is none of that name, or it can not run.
     """
-    check(
-        isinstance(implementation, str), TypeError, f"implementation: expected a str, got {type_name(implementation)}"
-    )
-    check(
-        implementation != "triton",
-        ValueError,
-        "implementation='triton' can not run: this version has no Triton kernels yet; use 'auto' or 'torch'",
-    )
-    check(
-        implementation in _IMPLEMENTATIONS,
-        ValueError,
-        f"implementation: expected 'auto', 'triton', 'torch' or 'reference', got {implementation!r}",
-    )
+    if not isinstance(implementation, str):
+        raise TypeError(f"implementation: expected a str, got {type_name(implementation)}")
+    if implementation == "triton":
+        raise ValueError(
+            "implementation='triton' can not run: this version has no Triton kernels yet; use 'auto' or 'torch'"
+        )
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(f"implementation: expected 'auto', 'triton', 'torch' or 'reference', got {implementation!r}")
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
-        check(isinstance(x, Tensor), TypeError, f"{name}: expected a torch.Tensor, got {type_name(x)}")
-        check(x.dtype in _DTYPES, TypeError, f"{name}: expected a dtype out of {_DTYPES}, got {x.dtype}")
-        check(
-            x.dim() == 4,
-            ValueError,
-            f"{name}: expected 4 dimensions (batch, heads, G+T, head_dim), got shape {tuple(x.shape)}",
-        )
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type_name(x)}")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name}: expected a dtype out of {_DTYPES}, got {x.dtype}")
+        if x.dim() != 4:
+            raise ValueError(f"{name}: expected 4 dimensions (batch, heads, G+T, head_dim), got shape {tuple(x.shape)}")
         for what in ("shape", "dtype", "device"):
             expected, got = getattr(query, what), getattr(x, what)
-            check(got == expected, ValueError, f"{name}: expected query's {what} {expected}, got {got}")
-    check(
-        query.shape[1] > 0 and query.shape[-1] > 0,
-        ValueError,
-        f"query: expected at least one head and a head_dim of at least 1, got shape {tuple(query.shape)}",
-    )
+            if got != expected:
+                raise ValueError(f"{name}: expected query's {what} {expected}, got {got}")
+    if query.shape[1] == 0 or query.shape[-1] == 0:
+        raise ValueError(
+            f"query: expected at least one head and a head_dim of at least 1, got shape {tuple(query.shape)}"
+        )
 
 
 def _keep(attention_mask: Tensor | None, query: Tensor, num_global_tokens: int) -> Tensor:
@@ -134,28 +128,18 @@ def _keep(attention_mask: Tensor | None, query: Tensor, num_global_tokens: int) 
     batch, _, length, _ = query.shape
     if attention_mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=query.device)
-    check(
-        isinstance(attention_mask, Tensor),
-        TypeError,
-        f"attention_mask: expected a torch.Tensor, got {type_name(attention_mask)}",
-    )
-    check(
-        not attention_mask.is_floating_point() and not attention_mask.is_complex(),
-        TypeError,
-        f"attention_mask: expected bool or integers (nonzero for a token), got {attention_mask.dtype}",
-    )
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask: expected a torch.Tensor, got {type_name(attention_mask)}")
+    if attention_mask.is_floating_point() or attention_mask.is_complex():
+        raise TypeError(f"attention_mask: expected bool or integers (nonzero for a token), got {attention_mask.dtype}")
     shapes = (batch, length - num_global_tokens), (batch, length)
-    check(
-        tuple(attention_mask.shape) in shapes,
-        ValueError,
-        f"attention_mask: expected shape (batch, T) = {shapes[0]} or (batch, G+T) = {shapes[1]}, "
-        f"got {tuple(attention_mask.shape)}",
-    )
-    check(
-        attention_mask.device == query.device,
-        ValueError,
-        f"attention_mask: expected query's device {query.device}, got {attention_mask.device}",
-    )
+    if tuple(attention_mask.shape) not in shapes:
+        raise ValueError(
+            f"attention_mask: expected shape (batch, T) = {shapes[0]} or (batch, G+T) = {shapes[1]}, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    if attention_mask.device != query.device:
+        raise ValueError(f"attention_mask: expected query's device {query.device}, got {attention_mask.device}")
     return torch.nn.functional.pad(attention_mask != 0, (length - attention_mask.shape[1], 0), value=True)
 
 
@@ -164,21 +148,19 @@ def _projections(
 ) -> tuple[Tensor, ...] | None:
     if projections is None:
         return None
-    check(
-        pattern.compression == "lsh",
-        ValueError,
-        f"lsh_projections: expected None, as this pattern compresses by {pattern.compression!r}",
-    )
+    if pattern.compression != "lsh":
+        raise ValueError(f"lsh_projections: expected None, as this pattern compresses by {pattern.compression!r}")
     shapes = [(heads, head_dim, buckets // 2) for buckets in pattern.lsh_buckets]
-    check(
-        isinstance(projections, (list, tuple)),
-        TypeError,
-        f"lsh_projections: expected a list or tuple, got {type_name(projections)}",
-    )
+    if not isinstance(projections, (list, tuple)):
+        raise TypeError(f"lsh_projections: expected a list or tuple, got {type_name(projections)}")
     for x in projections:
-        check(isinstance(x, Tensor), TypeError, f"lsh_projections: expected tensors, got {type_name(x)}")
-        check(x.dtype in _DTYPES, TypeError, f"lsh_projections: expected a dtype out of {_DTYPES}, got {x.dtype}")
-        check(x.device == device, ValueError, f"lsh_projections: expected query's device {device}, got {x.device}")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"lsh_projections: expected tensors, got {type_name(x)}")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"lsh_projections: expected a dtype out of {_DTYPES}, got {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"lsh_projections: expected query's device {device}, got {x.device}")
     got = [tuple(x.shape) for x in projections]
-    check(got == shapes, ValueError, f"lsh_projections: expected shapes {shapes}, got {got}")
+    if got != shapes:
+        raise ValueError(f"lsh_projections: expected shapes {shapes}, got {got}")
     return tuple(projections)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .checks import check, integer, probability, type_name
+from .checks import integer, probability, type_name
 from .functional import check_implementation, lsg_attention
 from .pattern import LSGPattern
 
@@ -24,8 +24,9 @@ class LSGAttention(nn.Module):
         implementation: as in :func:`lsg_attn.lsg_attention`.
 
     Raises:
-        TypeError: a size is not an int, or ``pattern`` is not an LSGPattern.
-        ValueError: a size is out of range or ``embed_dim`` is not a multiple of ``num_heads``.
+        TypeError: an argument is not of the type named above.
+        ValueError: a number is out of range, ``embed_dim`` is not a multiple of ``num_heads``, or the implementation
+            can not run.
     """
 
     def __init__(
@@ -41,16 +42,14 @@ class LSGAttention(nn.Module):
         super().__init__()
         self.embed_dim = integer("embed_dim", embed_dim, 1)
         self.num_heads = integer("num_heads", num_heads, 1)
-        check(
-            self.embed_dim % self.num_heads == 0,
-            ValueError,
-            f"embed_dim: expected a multiple of num_heads={num_heads}, got {embed_dim}",
-        )
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim: expected a multiple of num_heads={num_heads}, got {embed_dim}")
         self.pattern = LSGPattern() if pattern is None else pattern
-        got = type_name(pattern)
-        check(isinstance(self.pattern, LSGPattern), TypeError, f"pattern: expected an LSGPattern, got {got}")
+        if not isinstance(self.pattern, LSGPattern):
+            raise TypeError(f"pattern: expected an LSGPattern, got {type_name(pattern)}")
         self.dropout = probability("dropout", dropout)
-        check(isinstance(bias, bool), TypeError, f"bias: expected a bool, got {type_name(bias)}")
+        if not isinstance(bias, bool):
+            raise TypeError(f"bias: expected a bool, got {type_name(bias)}")
         check_implementation(implementation)
         self.implementation = implementation
         self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
@@ -88,25 +87,17 @@ class LSGAttention(nn.Module):
         return projected
 
     def _check_input(self, x: Tensor) -> None:
-        check(isinstance(x, Tensor), TypeError, f"hidden_states: expected a torch.Tensor, got {type_name(x)}")
-        check(
-            x.dim() == 3 and x.shape[-1] == self.embed_dim,
-            ValueError,
-            f"hidden_states: expected shape (batch, G+T, {self.embed_dim}), got {tuple(x.shape)}",
-        )
+        if not isinstance(x, Tensor):
+            raise TypeError(f"hidden_states: expected a torch.Tensor, got {type_name(x)}")
+        if x.dim() != 3 or x.shape[-1] != self.embed_dim:
+            raise ValueError(f"hidden_states: expected shape (batch, G+T, {self.embed_dim}), got {tuple(x.shape)}")
         if type(self.q_proj) is not nn.Linear:
             return  # an adapter or a quantised projection in its place knows what it takes
         weight = self.q_proj.weight
-        check(
-            x.device == weight.device,
-            ValueError,
-            f"hidden_states: expected the parameters' device {weight.device}, got {x.device}",
-        )
-        check(
-            x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type),
-            ValueError,
-            f"hidden_states: expected the parameters' dtype {weight.dtype}, got {x.dtype}",
-        )
+        if x.device != weight.device:
+            raise ValueError(f"hidden_states: expected the parameters' device {weight.device}, got {x.device}")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"hidden_states: expected the parameters' dtype {weight.dtype}, got {x.dtype}")
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (batch, num_heads, G+T, head_dim) of hidden_states (batch, G+T, embed_dim)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .checks import check, integer, type_name
+from .checks import integer, type_name
 
 SPARSITY_TYPES = ("norm", "pooling", "bos_pooling", "stride", "block_stride", "lsh", "none")
 
@@ -44,10 +44,13 @@ class LSGPattern:
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
             object.__setattr__(self, name, integer(name, getattr(self, name), least))
-        check(self.lsh_seed < 1 << 63, ValueError, f"lsh_seed: expected an int below 2**63, got {self.lsh_seed}")
+        if self.lsh_seed >= 1 << 63:
+            raise ValueError(f"lsh_seed: expected an int below 2**63, got {self.lsh_seed}")
         name = self.sparsity_type
-        check(isinstance(name, str), TypeError, f"sparsity_type: expected a str, got {type_name(name)}")
-        check(name in SPARSITY_TYPES, ValueError, f"sparsity_type: expected one of {SPARSITY_TYPES}, got {name!r}")
+        if not isinstance(name, str):
+            raise TypeError(f"sparsity_type: expected a str, got {type_name(name)}")
+        if name not in SPARSITY_TYPES:
+            raise ValueError(f"sparsity_type: expected one of {SPARSITY_TYPES}, got {name!r}")
         if not self.has_sparse:
             return
         if self.block_size % self.sparsity_factor:
