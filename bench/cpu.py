@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bench.original import OriginalAttention
 from lsg_attn import SPARSITY_TYPES, LSGPattern, __version__, lsg_attention
-from lsg_attn.measure import measure
+from lsg_attn.memory import peak_growth
 from lsg_attn.testing import Inputs, assert_close, make_inputs, run_attention, run_reference
 
 HEADS, HEAD_DIM, TOKENS = 16, 64, 4096
@@ -120,7 +120,7 @@ def gate(pattern: LSGPattern, dtype: torch.dtype = torch.float32) -> None:
 
 
 def matmul_bound(pattern: LSGPattern, cached: bool = False) -> Step:
-    """The two batched matmuls of the block windows, their operands in place: no gather, no softmax, no globals.
+    """The two batched matmuls of the block windows, their operands in place: no gather, no softmax, no global queries.
 
     ``cached``: the same matmuls on one head's operands again and again, which then stay in the CPU's cache.
     """
@@ -202,12 +202,12 @@ def peak_scratch(who: str, what: str, sparsity_type: str) -> float | None:
         leaves = tuple(x.requires_grad_(backwards) for x in inputs[:3])
         out = attend(*leaves)
         if backwards:
-            out.backward(inputs.dout.view_as(out) if who == "ours" else inputs.dout.transpose(1, 2).flatten(2))
+            out.backward(inputs.dout if who == "ours" else inputs.dout.transpose(1, 2).flatten(2))
 
     with torch.set_grad_enabled(backwards):
         call(make_inputs(1, HEADS, 4 * pattern.block_size + 1, HEAD_DIM))  # what libraries allocate once does not count
         inputs = make_inputs(1, HEADS, TOKENS + 1, HEAD_DIM)
-        peak = measure(lambda: call(inputs)).peak_bytes
+        peak = peak_growth(lambda: call(inputs))
     results = 4 if backwards else 1  # out, and the gradients of q, k, v
     return None if peak is None else peak / (4 * inputs.query.nbytes) - results / 4
 

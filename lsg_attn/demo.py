@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .compression import Tokens, compress, lsh_directions
 from .layer import LSGAttention
-from .measure import measure
+from .memory import peak_growth
 from .pattern import SPARSITY_TYPES, LSGPattern
 from .reference import reference_attention, visible_slots, visible_tokens
 from .testing import relative_rms
@@ -213,5 +213,4 @@ def check_last_layer(stack: EncoderStack, hidden: Tensor) -> Check:
     keys = visible_tokens(pattern, length).sum().item()
     if (compression := compress(pattern, tokens)) is not None:  # clusters of lsh can be empty
         keys += (visible_slots(pattern, length).sum(0) * compression.keep[0]).sum().item() / CHECKED_HEADS
-    peak_bytes = measure(lambda: layer(seen["hidden"])).peak_bytes
-    return Check(relative_rms(got, expected), peak_bytes, keys / length)
+    return Check(relative_rms(got, expected), peak_growth(lambda: layer(seen["hidden"])), keys / length)

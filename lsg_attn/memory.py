@@ -1,35 +1,22 @@
-"""Seconds and peak memory of a call, for the demo and the bench."""
+"""Peak memory of a call, for the demo and the bench."""
 
 from __future__ import annotations
 
 import ctypes
 import re
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
-
-T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Measured(Generic[T]):
-    """What a call returned, its seconds, and by how many bytes the process grew at its peak (None if unknown)."""
+def peak_growth(call: Callable[[], object]) -> int | None:
+    """Run ``call`` and return by how many bytes the process grew at its peak.
 
-    result: T
-    seconds: float
-    peak_bytes: int | None
-
-
-def measure(call: Callable[[], T]) -> Measured[T]:
-    """Run ``call`` once. Memory is the process's resident high-water mark, which only Linux lets us reset."""
+    That is the growth of the resident high-water mark, which only Linux lets us reset; None elsewhere.
+    """
     before = _reset_high_water_mark()
-    start = time.perf_counter()
-    result = call()
-    seconds = time.perf_counter() - start
-    return Measured(result, seconds, None if before is None else max(_status_bytes("VmHWM") - before, 0))
+    call()
+    return None if before is None else max(_status_bytes("VmHWM") - before, 0)
 
 
 def _reset_high_water_mark() -> int | None:

@@ -88,8 +88,8 @@ class Tile:
 class Sweep:
     """The order in which forward and backward go over parts and tiles, and the memory that they use again.
 
-    ``query, key, value``: (batch, heads, G+T, head_dim); ``keep``: (batch, G+T) bool; ``threads``: of
-    the CPU, to share heads out over. The same arguments give the same order.
+    ``query, key, value``: (batch, heads, G+T, head_dim); ``keep``: (batch, G+T) bool; ``threads``: of the CPU, to share
+    heads out over. The same arguments give the same order.
     """
 
     def __init__(
@@ -108,10 +108,10 @@ class Sweep:
         self.work = Workspace(query)
         self.sum_dtype = torch.promote_types(query.dtype, torch.float32)
         _, heads, length, head_dim = query.shape
-        scores_of_block = pattern.block_size * layout.window
-        scores_of_head = max(layout.num_blocks * scores_of_block, layout.num_dense * length, 1)
+        self.scores_of_block = max(pattern.block_size * layout.window, 1)  # in each head
+        scores_of_head = max(layout.num_blocks * self.scores_of_block, layout.num_dense * length, 1)
         if query.device.type == "cpu":
-            self.budget = max(_CPU_SCORES, threads * scores_of_block)
+            self.budget = max(_CPU_SCORES, threads * self.scores_of_block)
             # Heads are what threads share out best: each then finds its keys and values in its own cache.
             heads_of_part = max(self.budget // scores_of_head, threads)
         else:
@@ -142,7 +142,7 @@ class Sweep:
         clipped = [(0, 1)] if part.has_padding else []
         for start, stop in _spans(layout.num_dense, self.budget // max(heads * length, 1)):
             yield Tile(layout, start, stop, stop - start, None, key, value, part.keep[None, None], clipped)
-        for block, end in _spans(layout.num_blocks, self.budget // max(heads * size * layout.window, 1)):
+        for block, end in _spans(layout.num_blocks, self.budget // (heads * self.scores_of_block)):
             window = self.work.empty("window", 2 * heads, end - block, layout.window, head_dim)
             key, value = layout.gather(part.rows, block, window).view(2, -1, layout.window, head_dim)
             clipped = _runs(part.clipped[block:end])
