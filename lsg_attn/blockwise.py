@@ -23,14 +23,18 @@ from .workspace import matmul_out
 
 def blockwise_attention(
     query: Tensor, key: Tensor, value: Tensor, keep: Tensor, pattern: LSGPattern, dropout_p: float, scale: float,
-    projections: tuple[Tensor, ...] | None,
+    projections: tuple[Tensor, ...] | None, seed: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Block-wise LSG attention; arguments as :func:`lsg_attn.lsg_attention` checked them, keep: (batch, G+T) bool."""
+    """Block-wise LSG attention; arguments as :func:`lsg_attn.lsg_attention` checked them, keep: (batch, G+T) bool.
+
+    ``seed``: of the dropout masks; drawn from PyTorch's generator by default.
+    """
     first = pattern.num_global_tokens
     with torch.no_grad():
         tokens = Tokens(query[:, :, first:], key[:, :, first:], keep[:, first:], scale, projections)
         compression = compress(pattern, tokens)
-    seed = int(torch.randint(1 << 62, (), device="cpu")) if dropout_p else 0
+    if seed is None:
+        seed = int(torch.randint(1 << 62, (), device="cpu")) if dropout_p else 0
     call = _Call(pattern, scale, dropout_p, seed, torch.get_num_threads())
     out: Tensor = _BlockwiseAttention.apply(query, key, value, keep, call, *_tensors(compression))  # type: ignore[no-untyped-call]
     return out

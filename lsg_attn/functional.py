@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .blockwise import blockwise_attention
 from .checks import number, probability, type_name
+from .fused import fused_attention, obstacles, wants_gradient
+from .masking import check_mask, full_mask
 from .pattern import LSGPattern
 from .reference import reference_attention
 
-_IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {
-    "auto": blockwise_attention,
-    "torch": blockwise_attention,
-    "reference": reference_attention,
-}
+_IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -51,8 +49,9 @@ def lsg_attention(
         dropout_p: probability, in [0, 1), that an attention probability is zeroed; the rest is scaled by 1/(1-p).
             It applies whenever it is not 0: pass 0 in evaluation. Seeded by ``torch.manual_seed``.
         scale: factor of the scores (those of ``bos_pooling`` too); ``1/sqrt(head_dim)`` by default.
-        implementation: ``"torch"`` (block-wise), ``"reference"`` (a dense mask: slow, memory quadratic in length),
-            or ``"auto"``, the fastest that can run. ``"triton"`` is reserved: this version has no kernels.
+        implementation: ``"triton"`` (fused kernels, on CUDA and ROCm devices, forward only in this version),
+            ``"torch"`` (block-wise), ``"reference"`` (a dense mask: slow, memory quadratic in length), or ``"auto"``,
+            the first of these that can run.
         lsh_projections: for ``lsh``, the random directions of each round in order, each (heads, head_dim, m//2) for
             the round's m = ``pattern.lsh_buckets[i]`` buckets, instead of those of ``pattern.lsh_seed``.
 
@@ -73,7 +72,7 @@ def lsg_attention(
             f"num_global_tokens: expected at most the sequence's length {length}, got {pattern.num_global_tokens}"
         )
     check_implementation(implementation)
-    keep = _keep(attention_mask, query, pattern.num_global_tokens)
+    check_mask(attention_mask, query, pattern.num_global_tokens)
     dropout_p = probability("dropout_p", dropout_p)
     scale = 1.0 / math.sqrt(head_dim) if scale is None else number("scale", scale)
     projections = _projections(lsh_projections, pattern, heads, head_dim, query.device)
@@ -84,25 +83,36 @@ def lsg_attention(
             f"{pattern.sparsity_factor} heads; there are {heads}",
             stacklevel=2,
         )
+    if implementation in ("auto", "triton"):
+        implementation = _choose(implementation, query, key, value, pattern, scale)
+    if implementation == "operator":
+        return fused_attention(query, key, value, attention_mask, pattern, dropout_p, scale, projections)
     with torch.autocast(query.device.type, enabled=False):  # the inputs' dtype is what is asked for
-        return _IMPLEMENTATIONS[implementation](query, key, value, keep, pattern, dropout_p, scale, projections)
+        run = blockwise_attention if implementation == "torch" else reference_attention
+        return run(query, key, value, full_mask(attention_mask, query), pattern, dropout_p, scale, projections)
 
 
 def check_implementation(implementation: str) -> None:
-    """Check the name of an implementation, and that it can run in this version.
+    """Check the name of an implementation; whether it can run depends on the inputs.
 
     Raises:
         TypeError: it is not a string.
-        ValueError: there is none of that name, or it can not run.
+        ValueError: there is none of that name.
     """
     if not isinstance(implementation, str):
         raise TypeError(f"implementation: expected a str, got {type_name(implementation)}")
-    if implementation == "triton":
-        raise ValueError(
-            "implementation='triton' can not run: this version has no Triton kernels yet; use 'auto' or 'torch'"
-        )
     if implementation not in _IMPLEMENTATIONS:
         raise ValueError(f"implementation: expected 'auto', 'triton', 'torch' or 'reference', got {implementation!r}")
+
+
+def _choose(implementation: str, query: Tensor, key: Tensor, value: Tensor, pattern: LSGPattern, scale: float) -> str:
+    """What "auto" and "triton" come to: "operator", or "torch" where "auto" has to do without the kernels."""
+    reasons = obstacles(query, key, value, pattern, scale)
+    if reasons and implementation == "triton":
+        raise ValueError(f"implementation='triton' can not run: {'; '.join(reasons)}; use 'auto' or 'torch'")
+    if torch.compiler.is_compiling() and not query.is_cuda and not wants_gradient(query, key, value):
+        return "operator"  # runs the block-wise code on a CPU; one node of a graph, where that would be many
+    return "torch" if reasons else "operator"
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -121,26 +131,6 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"query: expected at least one head and a head_dim of at least 1, got shape {tuple(query.shape)}"
         )
-
-
-def _keep(attention_mask: Tensor | None, query: Tensor, num_global_tokens: int) -> Tensor:
-    """The mask as (batch, G+T) bool, true for a token."""
-    batch, _, length, _ = query.shape
-    if attention_mask is None:
-        return torch.ones(batch, length, dtype=torch.bool, device=query.device)
-    if not isinstance(attention_mask, Tensor):
-        raise TypeError(f"attention_mask: expected a torch.Tensor, got {type_name(attention_mask)}")
-    if attention_mask.is_floating_point() or attention_mask.is_complex():
-        raise TypeError(f"attention_mask: expected bool or integers (nonzero for a token), got {attention_mask.dtype}")
-    shapes = (batch, length - num_global_tokens), (batch, length)
-    if tuple(attention_mask.shape) not in shapes:
-        raise ValueError(
-            f"attention_mask: expected shape (batch, T) = {shapes[0]} or (batch, G+T) = {shapes[1]}, "
-            f"got {tuple(attention_mask.shape)}"
-        )
-    if attention_mask.device != query.device:
-        raise ValueError(f"attention_mask: expected query's device {query.device}, got {attention_mask.device}")
-    return torch.nn.functional.pad(attention_mask != 0, (length - attention_mask.shape[1], 0), value=True)
 
 
 def _projections(

@@ -1,0 +1,228 @@
+"""The compress kernels: rank tokens by norm, pool groups, or cluster chunks, one launch before the attention kernel."""
+
+import triton
+import triton.language as tl
+
+from .primitives import LEAST, head_ptr, is_kept, load_rows, store_rows
+
+# Columns of head_dim at a time, where whole rows are not needed at once: keeps tiles of a chunk in registers.
+_COLUMNS = tl.constexpr(16)
+_POOLING_EPS = tl.constexpr(1e-6)
+_LSH_EPS = tl.constexpr(1e-8)
+
+
+@triton.jit
+def _locate(programs, num_heads):
+    """The flat head, batch, head and tile of this program, of ``programs`` for each head."""
+    batch_head, tile = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
+    return batch_head, batch_head // num_heads, (batch_head % num_heads).to(tl.int32), tile
+
+
+@triton.jit
+def _kept_tokens(mask_ptr, mask_strides, batch, tokens, inside, V: tl.constexpr):
+    mask_row = (mask_ptr, 0)
+    if V.has_mask:
+        mask_row = (mask_ptr + batch * mask_strides[0], mask_strides[1])
+    return is_kept(mask_row, V.num_globals + tokens, inside, V)
+
+
+@triton.jit
+def _squared_norms(k_ptr, k_strides, tokens, kept, V: tl.constexpr):
+    """Squared norms of keys in float32; -1 for padding, and inf for NaN so that any two norms compare."""
+    norms = tl.zeros(tokens.shape, tl.float32)
+    for column in tl.range(0, V.head_dim, _COLUMNS):
+        offs_d = column + tl.arange(0, _COLUMNS)
+        k = load_rows(k_ptr, k_strides, V.num_globals + tokens, kept, offs_d, V.head_dim).to(tl.float32)
+        norms += tl.sum(k * k, 1)
+    norms = tl.where(norms == norms, norms, float("inf"))
+    return tl.where(kept, norms, -1.0)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_slots"])
+def _lsg_norm_kernel(
+    k_ptr, mask_ptr, index_ptr,
+    k_strides, mask_strides, num_heads, num_tokens, num_slots,
+    V: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Rank BLOCK_C tokens of a chunk by norm: no sort, a rank is the number of tokens of the chunk that beat one.
+
+    Grid: batch * heads * chunks * cdiv(CHUNK, BLOCK_C). Each token of rank below CHUNK // f writes its own element of
+    ``index`` (batch, heads, slots) int32, in ascending order of norm: the token, or -1 if it is padding.
+    """
+    TILES: tl.constexpr = (CHUNK + BLOCK_C - 1) // BLOCK_C
+    CHOSEN: tl.constexpr = CHUNK // V.factor
+    batch_head, batch, head, tile = _locate(num_slots // CHOSEN * TILES, num_heads)
+    chunk = tile // TILES
+    k_ptr = head_ptr(k_ptr, k_strides, batch, head)
+    offs_m = tile % TILES * BLOCK_C + tl.arange(0, BLOCK_C)
+    tokens = chunk * CHUNK + offs_m
+    kept = _kept_tokens(mask_ptr, mask_strides, batch, tokens, (offs_m < CHUNK) & (tokens < num_tokens), V)
+    norms = _squared_norms(k_ptr, k_strides, tokens, kept, V)
+    rank = tl.zeros((BLOCK_C,), tl.int32)
+    for start in tl.static_range(0, CHUNK, BLOCK_C):
+        offs_n = start + tl.arange(0, BLOCK_C)
+        other_norms = norms
+        if TILES > 1:
+            others = chunk * CHUNK + offs_n
+            inside = (offs_n < CHUNK) & (others < num_tokens)
+            other_kept = _kept_tokens(mask_ptr, mask_strides, batch, others, inside, V)
+            other_norms = _squared_norms(k_ptr, k_strides, others, other_kept, V)
+        larger = other_norms[None, :] > norms[:, None]
+        earlier = (other_norms[None, :] == norms[:, None]) & (offs_n[None, :] < offs_m[:, None])
+        rank += tl.sum(((larger | earlier) & (offs_n < CHUNK)[None, :]).to(tl.int32), 1)
+    slots = chunk * CHOSEN + CHOSEN - 1 - rank
+    index = tl.where(kept, tokens, -1)
+    tl.store(index_ptr + batch_head * num_slots + slots, index, mask=(offs_m < CHUNK) & (rank < CHOSEN))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_slots"])
+def _lsg_pool_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, weight_ptr,
+    scale_log2,
+    q_strides, k_strides, v_strides, mask_strides, sparse_strides, num_heads, num_tokens, num_slots,
+    V: tl.constexpr, BY_QUERY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Pool BLOCK_N groups of f tokens: their mean, or BY_QUERY, weighted by the first token's softmax over them.
+
+    Grid: batch * heads * cdiv(slots, BLOCK_N). Writes ``sparse_k`` and ``sparse_v`` (batch, heads, slots, head_dim),
+    ``index`` (batch, heads, slots) int32 (the slot, or -1 if all of it is padding) and ``weight`` (batch, heads, T).
+    """
+    batch_head, batch, head, tile = _locate(tl.cdiv(num_slots, BLOCK_N), num_heads)
+    k_ptr, v_ptr = head_ptr(k_ptr, k_strides, batch, head), head_ptr(v_ptr, v_strides, batch, head)
+    offs_n, offs_d = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    inside = offs_n < num_slots
+    if BY_QUERY:
+        row = tl.full((1,), V.num_globals, tl.int32)
+        q = load_rows(head_ptr(q_ptr, q_strides, batch, head), q_strides, row, row >= 0, offs_d, V.head_dim)
+        q = q.to(tl.float32) * scale_log2  # (1, BLOCK_D)
+    # 1. How many tokens each group has; of their scores, the maximum and the sum of exponentials.
+    count, total = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
+    top = tl.full((BLOCK_N,), LEAST, tl.float32)
+    for member in tl.range(0, V.factor):
+        tokens = offs_n * V.factor + member
+        kept = _kept_tokens(mask_ptr, mask_strides, batch, tokens, inside & (tokens < num_tokens), V)
+        count += kept.to(tl.float32)
+        if BY_QUERY:
+            k = load_rows(k_ptr, k_strides, V.num_globals + tokens, kept, offs_d, V.head_dim).to(tl.float32)
+            score = tl.where(kept, tl.sum(q * k, 1), float("-inf"))
+            new_top = tl.maximum(top, score)
+            total = total * tl.exp2(top - new_top) + tl.exp2(score - new_top)
+            top = new_top
+    # 2. Weights, and the weighted sums.
+    sparse_k, sparse_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    for member in tl.range(0, V.factor):
+        tokens = offs_n * V.factor + member
+        exists = inside & (tokens < num_tokens)
+        kept = _kept_tokens(mask_ptr, mask_strides, batch, tokens, exists, V)
+        k = load_rows(k_ptr, k_strides, V.num_globals + tokens, kept, offs_d, V.head_dim).to(tl.float32)
+        v = load_rows(v_ptr, v_strides, V.num_globals + tokens, kept, offs_d, V.head_dim).to(tl.float32)
+        if BY_QUERY:
+            weight = tl.where(kept, tl.exp2(tl.sum(q * k, 1) - top) / total, 0.0)
+        else:
+            weight = kept.to(tl.float32) / (count + _POOLING_EPS)
+        tl.store(weight_ptr + batch_head * num_tokens + tokens, weight, mask=exists)
+        sparse_k += weight[:, None] * k
+        sparse_v += weight[:, None] * v
+    sparse_k_ptr = head_ptr(sparse_k_ptr, sparse_strides, batch, head)
+    sparse_v_ptr = head_ptr(sparse_v_ptr, sparse_strides, batch, head)
+    store_rows(sparse_k_ptr, sparse_strides, offs_n, inside, offs_d, sparse_k, V.head_dim)
+    store_rows(sparse_v_ptr, sparse_strides, offs_n, inside, offs_d, sparse_v, V.head_dim)
+    tl.store(index_ptr + batch_head * num_slots + offs_n, tl.where(count > 0.0, offs_n, -1), mask=inside)
+
+
+@triton.jit
+def _one_hot_dot(choice, x):
+    """A 0/1 matrix times x: the sums are exact but for float32's rounding.
+
+    Tensor cores do that in 16 bits: float32 is the sum of three bfloat16, and their products with 0 and 1 are exact.
+    """
+    if x.dtype == tl.float32:
+        choice = choice.to(tl.bfloat16)
+        high = x.to(tl.bfloat16)
+        rest = x - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(choice, low, tl.dot(choice, middle, tl.dot(choice, high)))
+    else:
+        return tl.dot(choice.to(x.dtype), x)
+
+
+@triton.jit
+def _hash(
+    k_ptr, k_strides, tokens, kept, direction_ptr, head, cluster,
+    CLUSTERED: tl.constexpr, HALF: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """The bucket of each token in a round into 2 HALF (or one more) buckets: the argmax of [p, -p].
+
+    p is the projection, on a head's directions (head_dim, HALF), of the token, or where CLUSTERED of its cluster's sum.
+    """
+    if HALF == 0:
+        return tl.zeros_like(cluster)
+    else:
+        BLOCK_H: tl.constexpr = max(16, triton.next_power_of_2(HALF))
+        offs_h = tl.arange(0, BLOCK_H)
+        products = tl.zeros((tokens.shape[0], BLOCK_H), tl.float32)
+        direction_ptr += head * (V.head_dim * HALF)
+        for column in tl.range(0, V.head_dim, _COLUMNS):
+            offs_d = column + tl.arange(0, _COLUMNS)
+            k = load_rows(k_ptr, k_strides, V.num_globals + tokens, kept, offs_d, V.head_dim).to(tl.float32)
+            inside = (offs_d < V.head_dim)[:, None] & (offs_h < HALF)[None, :]
+            direction = tl.load(direction_ptr + offs_d[:, None] * HALF + offs_h[None, :], mask=inside, other=0.0)
+            products = tl.dot(k, direction, products, input_precision="ieee")
+        if CLUSTERED:
+            products = _one_hot_dot(cluster[:, None] == cluster[None, :], products)
+        best = tl.argmax(tl.where((offs_h < HALF)[None, :], tl.abs(products), -1.0), 1)
+        chosen = tl.sum(tl.where(offs_h[None, :] == best[:, None], products, 0.0), 1)
+        return best + HALF * (chosen < 0.0).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_slots"])
+def _lsg_lsh_kernel(
+    k_ptr, v_ptr, mask_ptr, direction_ptrs, index_ptr, sparse_k_ptr, sparse_v_ptr, slot_ptr, weight_ptr,
+    k_strides, v_strides, mask_strides, sparse_strides, num_heads, num_tokens, num_slots,
+    V: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Cluster one chunk of tokens by hashing rounds, and average each cluster.
+
+    A round hashes the sums of the last round's buckets. Projecting is linear, so a sum's projection is the sum of its
+    tokens' projections, and each token can carry that of its own cluster: no bucket is ever stored.
+    ``directions``: of each round (heads, head_dim, buckets // 2) float32, contiguous.
+
+    Grid: batch * heads * chunks. Writes ``sparse_k`` and ``sparse_v`` (batch, heads, slots, head_dim), ``index``
+    (batch, heads, slots) int32 (the slot, or -1 if it has no token), and of each token ``slot`` (batch, heads, T)
+    int32 and ``weight`` (batch, heads, T) float32.
+    """
+    CLUSTERS: tl.constexpr = CHUNK // V.factor
+    batch_head, batch, head, chunk = _locate(num_slots // CLUSTERS, num_heads)
+    k_ptr, v_ptr = head_ptr(k_ptr, k_strides, batch, head), head_ptr(v_ptr, v_strides, batch, head)
+    offs_c = tl.arange(0, BLOCK_C)
+    tokens = chunk * CHUNK + offs_c
+    exists = (offs_c < CHUNK) & (tokens < num_tokens)
+    kept = _kept_tokens(mask_ptr, mask_strides, batch, tokens, exists, V)
+    # 1. Hash, round by round.
+    cluster = tl.zeros((BLOCK_C,), tl.int32)
+    for i in tl.static_range(len(direction_ptrs)):
+        cluster = _hash(
+            k_ptr, k_strides, tokens, kept, direction_ptrs[i], head, cluster,
+            CLUSTERED=i > 0, HALF=(CHUNK if i + 1 < len(direction_ptrs) else CLUSTERS) // 2, V=V,
+        )  # fmt: skip
+    # 2. Each token's slot and weight.
+    same = (cluster[:, None] == cluster[None, :]) & kept[None, :]
+    weight = kept.to(tl.float32) / (tl.sum(same.to(tl.float32), 1) + _LSH_EPS)
+    tl.store(slot_ptr + batch_head * num_tokens + tokens, chunk * CLUSTERS + cluster, mask=exists)
+    tl.store(weight_ptr + batch_head * num_tokens + tokens, weight, mask=exists)
+    # 3. Average the tokens of each slot.
+    offs_n = tl.arange(0, BLOCK_N)
+    slots, inside = chunk * CLUSTERS + offs_n, offs_n < CLUSTERS
+    member = (offs_n[:, None] == cluster[None, :]) & kept[None, :]  # (BLOCK_N, BLOCK_C)
+    count = tl.sum(member.to(tl.float32), 1)
+    share = (1.0 / (count + _LSH_EPS))[:, None]
+    sparse_k_ptr = head_ptr(sparse_k_ptr, sparse_strides, batch, head)
+    sparse_v_ptr = head_ptr(sparse_v_ptr, sparse_strides, batch, head)
+    for column in tl.range(0, V.head_dim, _COLUMNS):
+        offs_d = column + tl.arange(0, _COLUMNS)
+        k = load_rows(k_ptr, k_strides, V.num_globals + tokens, kept, offs_d, V.head_dim)
+        store_rows(sparse_k_ptr, sparse_strides, slots, inside, offs_d, _one_hot_dot(member, k) * share, V.head_dim)
+        v = load_rows(v_ptr, v_strides, V.num_globals + tokens, kept, offs_d, V.head_dim)
+        store_rows(sparse_v_ptr, sparse_strides, slots, inside, offs_d, _one_hot_dot(member, v) * share, V.head_dim)
+    tl.store(index_ptr + batch_head * num_slots + slots, tl.where(count > 0.0, slots, -1), mask=inside)

@@ -1,0 +1,268 @@
+"""The forward kernels: local, sparse and global attention in one pass, then the combine of the global queries."""
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    LEAST,
+    dropout_keeps,
+    head_ptr,
+    is_kept,
+    load_rows,
+    softmax_end,
+    softmax_start,
+    softmax_step,
+    store_rows,
+)
+
+# Keys whose visibility is looked up at once where the ends of a range are searched for tokens.
+_SCAN = tl.constexpr(256)
+
+
+@triton.jit
+def _find_keys(offs_n, stop, source, KIND: tl.constexpr, V: tl.constexpr):
+    """The rows where keys ``offs_n`` lie, which of them can be read, and which are visible at all.
+
+    KIND is "token", and ``offs_n`` are positions of the sequence, or V.sparsity, and they are slots.
+    """
+    mask_row, index_ptr, head, num_tokens = source
+    inside = offs_n < stop
+    if KIND == "compressed":
+        return offs_n, inside, tl.load(index_ptr + offs_n, mask=inside, other=-1) >= 0
+    elif KIND == "indexed":
+        tokens = tl.load(index_ptr + offs_n, mask=inside, other=-1)
+        return V.num_globals + tokens, tokens >= 0, tokens >= 0
+    else:
+        positions = offs_n
+        if KIND == "stride":
+            positions = V.num_globals + offs_n * V.factor + head % V.factor
+        elif KIND == "block_stride":
+            positions = V.num_globals + offs_n // V.step * V.block + (head * V.step + offs_n % V.step) % V.block
+        inside = inside & (positions < V.num_globals + num_tokens)
+        return positions, inside, is_kept(mask_row, positions, inside, V)
+
+
+@triton.jit
+def _trim(start, stop, source, KIND: tl.constexpr, V: tl.constexpr):
+    """Keys [start, stop) from the first visible one to the last: tiles of padding at either end are not read."""
+    if V.has_mask:
+        first, last = stop, 0
+        for at in tl.range(start, stop, _SCAN):
+            offs_n = at + tl.arange(0, _SCAN)
+            _, _, visible = _find_keys(offs_n, stop, source, KIND, V)
+            first = tl.minimum(first, tl.min(tl.where(visible, offs_n, stop), 0))
+            last = tl.maximum(last, tl.max(tl.where(visible, offs_n + 1, 0), 0))
+        return first, last
+    else:
+        return start, stop
+
+
+@triton.jit
+def _in_windows(row_block, offs_n, KIND: tl.constexpr, V: tl.constexpr):
+    """Which keys the block of each row sees, (BLOCK_M, BLOCK_N)."""
+    row_block = row_block[:, None]
+    if KIND == "token":
+        return tl.abs(row_block - ((offs_n - V.num_globals) // V.block)[None, :]) <= 1
+    else:
+        left = (row_block - 1) * V.step - offs_n[None, :]  # above 0: left of the local window
+        right = offs_n[None, :] - (row_block + 2) * V.step  # 0 or more: right of it
+        return ((left > 0) & (left <= V.reach)) | ((right >= 0) & (right < V.reach))
+
+
+@triton.jit
+def _attend(
+    state, q, row_block, keys, source, draws, scale_log2, near, far,
+    KIND: tl.constexpr, WINDOWED: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Take the keys of two ranges, ``near`` and ``far``, into the softmax ``state`` of a tile of queries.
+
+    WINDOWED: the tile's rows lie in several blocks, each of which has windows of its own within the ranges.
+    """
+    k_ptr, v_ptr, k_strides, v_strides = keys
+    offs_d = tl.arange(0, q.shape[1])
+    near_tiles = tl.cdiv(tl.maximum(near[1] - near[0], 0), BLOCK_N)
+    tiles = near_tiles + tl.cdiv(tl.maximum(far[1] - far[0], 0), BLOCK_N)
+    for tile in tl.range(0, tiles):
+        is_near = tile < near_tiles
+        start = tl.where(is_near, near[0], far[0] - near_tiles * BLOCK_N) + tile * BLOCK_N
+        offs_n = start + tl.arange(0, BLOCK_N)
+        rows, readable, visible = _find_keys(offs_n, tl.where(is_near, near[1], far[1]), source, KIND, V)
+        k = load_rows(k_ptr, k_strides, rows, readable, offs_d, V.head_dim)  # (BLOCK_N, BLOCK_D)
+        v = load_rows(v_ptr, v_strides, rows, readable, offs_d, V.head_dim)
+        visible = visible[None, :]
+        if WINDOWED:
+            visible = visible & _in_windows(row_block, offs_n, KIND, V)
+        keeps = None
+        if V.has_dropout:  # a token's column is its position; those of slots come after the sequence
+            columns = offs_n if KIND == "token" else V.num_globals + source[3] + offs_n
+            keeps = dropout_keeps(draws, columns, q.shape[0])
+        state = softmax_step(state, q, k, v, visible, keeps, scale_log2)
+    return state
+
+
+@triton.jit
+def _draws(dropout, batch_head, row_group, num_tokens, columns, BLOCK_M: tl.constexpr, V: tl.constexpr):
+    """What dropout draws with in BLOCK_M rows: seed, threshold, and the first counter of each group of four rows."""
+    if V.has_dropout:
+        seed, threshold = dropout
+        groups = (V.num_globals + 3) // 4 + tl.cdiv(num_tokens, 4)  # of a head: globals and tokens start their own
+        group = batch_head * groups + row_group + tl.arange(0, BLOCK_M // 4)
+        return seed, threshold, group * columns
+    else:
+        return None
+
+
+@triton.jit
+def _global_tile(
+    first_row, start, stop, q_ptr, q_strides, tokens, source, dropout, batch_head, columns, scale_log2,
+    V: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_G global queries over positions [start, stop): their output and log-sum-exp."""
+    offs_m, offs_d = first_row + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    q = load_rows(q_ptr, q_strides, offs_m, offs_m < V.num_globals, offs_d, V.head_dim)  # (BLOCK_G, BLOCK_D)
+    draws = _draws(dropout, batch_head, first_row // 4, source[3], columns, BLOCK_G, V)
+    state = softmax_start(BLOCK_G, BLOCK_D)
+    near = _trim(start, stop, source, "token", V)
+    far = (near[1], near[1])
+    state = _attend(state, q, None, tokens, source, draws, scale_log2, near, far, "token", False, V, BLOCK_N)
+    return softmax_end(state, scale_log2)
+
+
+@triton.jit
+def _token_tile(
+    first_row, q_ptr, q_strides, tokens, slots, num_slots, source, dropout, batch_head, columns, scale_log2,
+    V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M tokens from ``first_row`` over all that they see: their output and log-sum-exp."""
+    G: tl.constexpr = V.num_globals
+    WINDOWED: tl.constexpr = V.block % BLOCK_M != 0
+    num_tokens = source[3]
+    offs_m, offs_d = first_row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    q = load_rows(q_ptr, q_strides, G + offs_m, offs_m < num_tokens, offs_d, V.head_dim)  # (BLOCK_M, BLOCK_D)
+    draws = _draws(dropout, batch_head, (G + 3) // 4 + first_row // 4, num_tokens, columns, BLOCK_M, V)
+    row_block = offs_m // V.block
+    first, last = first_row // V.block, (tl.minimum(first_row + BLOCK_M, num_tokens) - 1) // V.block
+    state = softmax_start(BLOCK_M, BLOCK_D)
+    # 1. The globals.
+    if G > 0:
+        near, far = (0, G), (G, G)
+        FEW: tl.constexpr = min(BLOCK_N, max(16, triton.next_power_of_2(G)))
+        state = _attend(state, q, None, tokens, source, draws, scale_log2, near, far, "token", False, V, FEW)
+    # 2. The slots left and right of the local windows; between those of several blocks there may be no gap.
+    if V.sparsity != "none":
+        left_stop = tl.maximum((last - 1) * V.step, 0)
+        right_start = tl.maximum((first + 2) * V.step, left_stop)
+        right_stop = tl.minimum((last + 2) * V.step + V.reach, num_slots)
+        near = _trim(tl.maximum((first - 1) * V.step - V.reach, 0), left_stop, source, V.sparsity, V)
+        far = _trim(right_start, right_stop, source, V.sparsity, V)
+        state = _attend(
+            state, q, row_block, slots, source, draws, scale_log2, near, far, V.sparsity, WINDOWED, V, BLOCK_N
+        )
+    # 3. The local windows.
+    start, stop = tl.maximum(first - 1, 0) * V.block, tl.minimum((last + 2) * V.block, num_tokens)
+    near = _trim(G + start, G + stop, source, "token", V)
+    far = (near[1], near[1])
+    state = _attend(state, q, row_block, tokens, source, draws, scale_log2, near, far, "token", WINDOWED, V, BLOCK_N)
+    return softmax_end(state, scale_log2)
+
+
+@triton.jit(do_not_specialize=["seed", "threshold", "num_tokens", "num_slots", "part_size", "num_parts"])
+def _lsg_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr,
+    out_ptr, lse_ptr, part_ptr, part_lse_ptr,
+    scale_log2, kept_scale, seed, threshold,
+    q_strides, k_strides, v_strides, mask_strides, sparse_strides, out_strides, part_strides,
+    num_heads, num_tokens, num_slots, part_size, num_parts,
+    V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries: BLOCK_M tokens over all keys they see, or BLOCK_G globals over one part of the sequence.
+
+    Grid: batch * heads * (cdiv(G, BLOCK_G) * num_parts + cdiv(num_tokens, BLOCK_M)); the globals of a head come first.
+    Writes the tokens' rows of ``out`` (batch, heads, G+T, head_dim) and ``lse`` (batch, heads, G+T) float32, and the
+    globals' ``part`` (batch * heads, num_parts, G, head_dim) and ``part_lse`` (batch * heads, num_parts, G), float32.
+    ``index`` (batch, heads, slots) int32: a slot's token for "indexed", below 0 for a slot that is not kept.
+    """
+    # 1. Locate the head and the tile.
+    GLOBAL_TILES: tl.constexpr = (V.num_globals + BLOCK_G - 1) // BLOCK_G
+    length = V.num_globals + num_tokens
+    global_programs = GLOBAL_TILES * num_parts
+    programs = global_programs + tl.cdiv(num_tokens, BLOCK_M)
+    batch_head, program = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
+    batch, head = batch_head // num_heads, (batch_head % num_heads).to(tl.int32)
+    q_ptr = head_ptr(q_ptr, q_strides, batch, head)
+    tokens = (head_ptr(k_ptr, k_strides, batch, head), head_ptr(v_ptr, v_strides, batch, head), k_strides, v_strides)
+    slots = tokens
+    mask_row = (mask_ptr, 0)
+    if V.has_mask:
+        mask_row = (mask_ptr + batch * mask_strides[0], mask_strides[1])
+    if V.sparsity == "indexed" or V.sparsity == "compressed":
+        index_ptr += batch_head * num_slots
+    if V.sparsity == "compressed":
+        sparse_k_ptr = head_ptr(sparse_k_ptr, sparse_strides, batch, head)
+        sparse_v_ptr = head_ptr(sparse_v_ptr, sparse_strides, batch, head)
+        slots = (sparse_k_ptr, sparse_v_ptr, sparse_strides, sparse_strides)
+    source = (mask_row, index_ptr, head, num_tokens)
+    dropout = (seed, threshold)
+    columns = (length + num_slots).to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+
+    if program < global_programs:
+        # 2. Globals: a part of the softmax, which the next kernel combines with the others.
+        part, row = program // GLOBAL_TILES, program % GLOBAL_TILES * BLOCK_G
+        start, stop = part * part_size, tl.minimum((part + 1) * part_size, length)
+        part_out, part_lse = _global_tile(
+            row, start, stop, q_ptr, q_strides, tokens, source, dropout, batch_head, columns, scale_log2,
+            V, BLOCK_G, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        offs_g = row + tl.arange(0, BLOCK_G)
+        part_ptr = head_ptr(part_ptr, part_strides, batch_head, part)
+        store_rows(part_ptr, part_strides, offs_g, offs_g < V.num_globals, offs_d, part_out, V.head_dim)
+        part_lse_ptr += (batch_head * num_parts + part) * V.num_globals
+        tl.store(part_lse_ptr + offs_g, part_lse, mask=offs_g < V.num_globals)
+    else:
+        # 3. Tokens: the whole softmax.
+        row = (program - global_programs) * BLOCK_M
+        out, lse = _token_tile(
+            row, q_ptr, q_strides, tokens, slots, num_slots, source, dropout, batch_head, columns, scale_log2,
+            V, BLOCK_M, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+        offs_m = V.num_globals + row + tl.arange(0, BLOCK_M)
+        out_ptr = head_ptr(out_ptr, out_strides, batch, head)
+        store_rows(out_ptr, out_strides, offs_m, offs_m < length, offs_d, out * kept_scale, V.head_dim)
+        tl.store(lse_ptr + batch_head * length + offs_m, lse, mask=offs_m < length)
+
+
+@triton.jit(do_not_specialize=["length", "num_parts"])
+def _lsg_fwd_combine_kernel(
+    part_ptr, part_lse_ptr, out_ptr, lse_ptr, kept_scale,
+    part_strides, out_strides, num_heads, length, num_parts,
+    NUM_GLOBALS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One global query of one head: the mean of its parts, each weighted by its share of the softmax.
+
+    Grid: batch * heads * G. Writes that row of ``out`` and ``lse``.
+    """
+    batch_head, row = (tl.program_id(0) // NUM_GLOBALS).to(tl.int64), tl.program_id(0) % NUM_GLOBALS
+    batch, head = batch_head // num_heads, batch_head % num_heads
+    offs_d = tl.arange(0, BLOCK_D)
+    by_part = (part_strides[0], part_strides[2], part_strides[1], part_strides[3])  # the parts of a row as its rows
+    part_ptr = head_ptr(part_ptr, by_part, batch_head, row)
+    part_lse_ptr += batch_head * num_parts * NUM_GLOBALS + row
+    row_max, row_sum, acc = tl.full((), LEAST, tl.float32), 0.0, tl.zeros((BLOCK_D,), tl.float32)
+    for start in tl.range(0, num_parts, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        inside = offs_n < num_parts
+        lse = tl.load(part_lse_ptr + offs_n * NUM_GLOBALS, mask=inside, other=float("inf"))
+        lse = tl.where(lse == float("inf"), float("-inf"), lse)  # a part that saw nothing has no weight
+        parts = load_rows(part_ptr, by_part, offs_n, inside, offs_d, HEAD_DIM)  # (BLOCK_N, BLOCK_D)
+        new_max = tl.maximum(row_max, tl.max(lse, 0))
+        weight, rescale = tl.exp(lse - new_max), tl.exp(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(weight, 0)
+        acc = acc * rescale + tl.sum(weight[:, None] * parts, 0)
+        row_max = new_max
+    empty = row_sum == 0.0
+    lse = tl.where(empty, float("inf"), row_max + tl.log(row_sum))
+    out = acc / tl.where(empty, 1.0, row_sum) * kept_scale
+    out_ptr = head_ptr(out_ptr, out_strides, batch, head) + row.to(tl.int64) * out_strides[2]
+    tl.store(out_ptr + offs_d * out_strides[3], out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+    tl.store(lse_ptr + batch_head * length + row, lse)

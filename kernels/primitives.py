@@ -1,0 +1,108 @@
+"""Tile helpers that the kernels share: addresses, padding, the online softmax and dropout."""
+
+import triton
+import triton.language as tl
+
+_LN2 = tl.constexpr(0.6931471805599453)
+# Where a row's maximum starts: finite, so that a row that has seen nothing never computes inf - inf.
+LEAST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def head_ptr(ptr, strides, batch, head):
+    """The first element of one head of a (batch, heads, length, head_dim) tensor."""
+    return ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+
+
+@triton.jit
+def row_ptrs(ptr, strides, rows, offs_d):
+    """Pointers (rows, BLOCK_D) to elements of one head; 64-bit, as a row times its stride may pass 2^31."""
+    return ptr + rows.to(tl.int64)[:, None] * strides[2] + offs_d.to(tl.int64)[None, :] * strides[3]
+
+
+@triton.jit
+def load_rows(ptr, strides, rows, readable, offs_d, HEAD_DIM: tl.constexpr):
+    """Rows of one head as a (rows, BLOCK_D) tile, 0 where not ``readable`` and past head_dim."""
+    mask = readable[:, None]
+    if offs_d.shape[0] != HEAD_DIM:
+        mask = mask & (offs_d < HEAD_DIM)[None, :]
+    return tl.load(row_ptrs(ptr, strides, rows, offs_d), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, strides, rows, inside, offs_d, tile, HEAD_DIM: tl.constexpr):
+    """Write a (rows, BLOCK_D) tile to the rows of one head that are ``inside``, in the tensor's dtype."""
+    mask = inside[:, None]
+    if offs_d.shape[0] != HEAD_DIM:
+        mask = mask & (offs_d < HEAD_DIM)[None, :]
+    tl.store(row_ptrs(ptr, strides, rows, offs_d), tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def is_kept(mask_row, positions, inside, V: tl.constexpr):
+    """Which positions of the sequence are tokens, of those ``inside`` it.
+
+    ``mask_row``: pointer and stride of the mask's row, whose first column is position ``V.mask_first``.
+    """
+    if V.has_mask:
+        ptr, stride = mask_row
+        column = positions - V.mask_first
+        kept = tl.load(ptr + column.to(tl.int64) * stride, mask=inside & (column >= 0), other=1) != 0
+        return inside & kept
+    else:
+        return inside
+
+
+@triton.jit
+def softmax_start(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The softmax of rows that have seen nothing: accumulator, maximum and sum of each row."""
+    acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    return acc, tl.full((BLOCK_M,), LEAST, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+
+
+@triton.jit
+def softmax_step(state, q, k, v, visible, keeps, scale_log2):
+    """Take one tile of keys into the softmax of a tile of queries (Dao, arXiv 2307.08691, algorithm 1).
+
+    q: (BLOCK_M, BLOCK_D); k, v: (BLOCK_N, BLOCK_D); visible: (BLOCK_M or 1, BLOCK_N); keeps: the probabilities that
+    dropout keeps, (BLOCK_M, BLOCK_N), or None. ``row_max`` is of unscaled scores: the scale, which must be positive,
+    is part of the exponent's one multiply-add.
+    """
+    acc, row_max, row_sum = state
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    scores = tl.where(visible, scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    rescale = tl.exp2((row_max - new_max) * scale_log2)
+    probs = tl.exp2(scores * scale_log2 - (new_max * scale_log2)[:, None])
+    row_sum = row_sum * rescale + tl.sum(probs, 1)
+    if keeps is not None:
+        probs = tl.where(keeps, probs, 0.0)
+    acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
+    return acc, new_max, row_sum
+
+
+@triton.jit
+def softmax_end(state, scale_log2):
+    """The normalised rows and their natural log-sum-exp; 0 and +inf for a row that saw nothing.
+
+    With +inf a backward's ``exp(score - lse)`` is 0 there, where -inf would make it NaN.
+    """
+    acc, row_max, row_sum = state
+    empty = row_sum == 0.0
+    lse = (row_max * scale_log2 + tl.log2(row_sum)) * _LN2
+    return acc / tl.where(empty, 1.0, row_sum)[:, None], tl.where(empty, float("inf"), lse)
+
+
+@triton.jit
+def dropout_keeps(draws, columns, BLOCK_M: tl.constexpr):
+    """Which probabilities of a tile (BLOCK_M, len(columns)) are kept, each with probability 1 - threshold / 2^31.
+
+    Philox (Salmon et al., SC 2011) counted by head, group of four query rows, and key column: no draw depends on the
+    sizes of tiles. A counter's four words go to the four rows of its group, as tiles start at a multiple of four
+    rows but at any key. ``draws``: seed, threshold, each group's first counter (BLOCK_M // 4).
+    """
+    seed, threshold, counters = draws
+    a, b, c, d = tl.randint4x(seed, counters[:, None] + columns[None, :])
+    words = tl.join(tl.join(a, b), tl.join(c, d))  # (BLOCK_M // 4, columns, 2, 2)
+    words = tl.reshape(tl.permute(words, (0, 3, 2, 1)), (BLOCK_M, columns.shape[0]))
+    return (words.to(tl.uint32, bitcast=True) >> 1).to(tl.int32) >= threshold

@@ -1,0 +1,110 @@
+"""Tile sizes, warps and stages of each kernel, by GPU and head_dim: one table, and where its rows come from."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# GPUs whose code and figures are compiled here: NVIDIA's by compute capability, AMD's by name.
+TARGETS = ("sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "gfx942")
+
+
+class Tuning(NamedTuple):
+    """Warps of a program, and stages of its software pipeline."""
+
+    num_warps: int
+    num_stages: int
+
+
+class Schedule(NamedTuple):
+    """Queries and keys of a tile of the attention kernel, and its tuning."""
+
+    block_m: int
+    block_n: int
+    tuning: Tuning
+
+
+# Every row below was compiled by bench.static (torch 2.13.0, triton 3.8.0) and chosen for its registers, spills,
+# shared memory and blocks per multiprocessor; none was measured on a GPU yet.
+COMBINE = Tuning(num_warps=4, num_stages=1)
+NORM = Tuning(num_warps=4, num_stages=1)
+POOL = Tuning(num_warps=4, num_stages=1)
+
+# The attention kernel, by (largest head_dim, with dropout): rows of 16-bit types for a kind of GPU, then of float32,
+# whose products are made without tensor cores.
+_HOPPER = {
+    (64, False): Schedule(128, 64, Tuning(4, 3)),
+    (64, True): Schedule(64, 64, Tuning(4, 2)),  # 128 rows spill 600 bytes: philox needs the registers
+    (128, False): Schedule(128, 64, Tuning(8, 3)),
+    (128, True): Schedule(128, 64, Tuning(8, 3)),
+    (256, False): Schedule(64, 32, Tuning(8, 2)),
+    (256, True): Schedule(64, 32, Tuning(8, 2)),
+}
+_BLACKWELL = _HOPPER | {
+    (64, False): Schedule(128, 64, Tuning(4, 2)),  # a third stage spills 156 bytes
+    (128, False): Schedule(128, 64, Tuning(8, 2)),
+    (128, True): Schedule(128, 64, Tuning(8, 2)),
+}
+_AMPERE = _BLACKWELL | {
+    (128, False): Schedule(64, 64, Tuning(4, 2)),  # 128 rows spill 204 bytes, and 5 KB with dropout
+    (128, True): Schedule(64, 64, Tuning(4, 2)),
+}
+_SMALL = _AMPERE | {  # 99 KB of shared memory in a block
+    (64, True): Schedule(64, 32, Tuning(4, 2)),
+    (128, False): Schedule(64, 32, Tuning(4, 2)),
+    (128, True): Schedule(64, 32, Tuning(4, 2)),
+}
+_AMD = _SMALL | {  # 64 KB of it
+    (64, False): Schedule(64, 64, Tuning(4, 2)),
+    (64, True): Schedule(64, 64, Tuning(4, 2)),
+    (256, False): Schedule(32, 32, Tuning(4, 1)),
+    (256, True): Schedule(32, 32, Tuning(4, 1)),
+}
+_FLOAT32 = {
+    (64, False): Schedule(64, 32, Tuning(8, 2)),
+    (64, True): Schedule(64, 32, Tuning(8, 2)),
+    (128, False): Schedule(32, 32, Tuning(8, 2)),
+    (128, True): Schedule(32, 32, Tuning(8, 2)),
+    (256, False): Schedule(16, 16, Tuning(8, 1)),
+    (256, True): Schedule(16, 16, Tuning(8, 1)),
+}
+
+
+def target_of(device: torch.device) -> str:
+    """The name of a CUDA or ROCm device's architecture: ``"sm_90"``, ``"gfx942"``."""
+    if torch.version.hip:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def forward_schedule(target: str, dtype: torch.dtype, head_dim: int, block_size: int, has_dropout: bool) -> Schedule:
+    """The tile sizes of the attention kernel.
+
+    A tile has no more rows than a block, down to 64: rows of several blocks read the windows of them all.
+    """
+    rows = _FLOAT32 if dtype == torch.float32 else _rows_of(target)
+    schedule = rows[next(limit for limit in (64, 128, 256) if head_dim <= limit), has_dropout]
+    while schedule.block_m > 64 and schedule.block_m > block_size:
+        schedule = schedule._replace(block_m=schedule.block_m // 2)
+    return schedule
+
+
+def lsh_tuning(target: str) -> Tuning:
+    """The tuning of the hashing kernel: 8 warps of 64 lanes spill on AMD's GPUs, 4 of 32 on NVIDIA's."""
+    return Tuning(num_warps=4 if target.startswith("gfx") else 8, num_stages=1)
+
+
+def _rows_of(target: str) -> dict[tuple[int, bool], Schedule]:
+    if target.startswith("gfx"):
+        return _AMD
+    capability = int(target.removeprefix("sm_"))
+    if capability in (80, 87):
+        return _AMPERE
+    if 90 <= capability < 100:
+        return _HOPPER
+    if 100 <= capability < 120:
+        return _BLACKWELL
+    return _SMALL  # also what is not known: it fits everywhere

@@ -1,0 +1,135 @@
+"""The Triton implementation: what it needs to run, and the operator that torch.compile and export see."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .blockwise import blockwise_attention
+from .call import Call, allocate
+from .compression import lsh_directions
+from .masking import full_mask
+from .pattern import LSGPattern
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MOST_HEAD_DIM = 256
+_MOST_GLOBALS = 512
+_MOST_HASHED = 128
+_SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor? attention_mask, Tensor? seed, Tensor[] projections, "
+    "float dropout_p, float scale, int block_size, int sparse_block_size, int sparsity_factor, str sparsity_type, "
+    "int num_global_tokens, int lsh_num_pre_rounds, int lsh_seed) -> Tensor[]"
+)
+_HAS_TRITON = find_spec("triton") is not None
+
+
+def obstacles(query: Tensor, key: Tensor, value: Tensor, pattern: LSGPattern, scale: float) -> list[str]:
+    """Why the kernels can not run on these checked arguments; empty if they can."""
+    head_dim = query.shape[-1]
+    checks = (
+        (query.is_cuda, f"the tensors are on device {query.device}, the kernels need a CUDA or ROCm device"),
+        (_HAS_TRITON, "triton is not installed"),
+        (
+            not query.is_cuda
+            or torch.version.hip is not None
+            or torch.cuda.get_device_capability(query.device) >= (8, 0),
+            "the GPU's compute capability is below 8.0",
+        ),
+        (query.dtype in _DTYPES, f"the dtype is {query.dtype}, the kernels take float16, bfloat16 and float32"),
+        (head_dim <= _MOST_HEAD_DIM, f"head_dim is {head_dim}, the kernels take up to {_MOST_HEAD_DIM}"),
+        (
+            pattern.num_global_tokens <= _MOST_GLOBALS,
+            f"num_global_tokens is {pattern.num_global_tokens}, the kernels take up to {_MOST_GLOBALS}",
+        ),
+        (
+            pattern.compression != "lsh" or pattern.chunk <= _MOST_HASHED,
+            f"lsh hashes chunks of min(block_size, sparse_block_size) = {pattern.chunk} tokens, the kernels up to "
+            f"{_MOST_HASHED}",
+        ),
+        (scale > 0, f"scale is {scale}, the kernels take one above 0"),
+        (
+            not wants_gradient(query, key, value),
+            "a gradient is asked for, and this version's kernels have no backward",
+        ),
+    )
+    return [reason for holds, reason in checks if not holds]
+
+
+def wants_gradient(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether autograd will ask for the gradient of a call with these inputs."""
+    return torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+
+
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, pattern: LSGPattern, dropout_p: float,
+    scale: float, projections: tuple[Tensor, ...] | None,
+) -> Tensor:  # fmt: skip
+    """LSG attention by the operator; arguments as :func:`lsg_attn.lsg_attention` checked them, without obstacles."""
+    # On the CPU, so that its value reaches the launch without waiting for the device.
+    seed = torch.randint(1 << 62, (), device="cpu") if dropout_p else None
+    out: Tensor = torch.ops.lsg_attn.attention(
+        query, key, value, attention_mask, seed, list(projections or ()), dropout_p, scale, *_fields(pattern)
+    )[0]
+    return out
+
+
+def _fields(pattern: LSGPattern) -> tuple[Any, ...]:
+    """The arguments of LSGPattern in order, as the operator takes them."""
+    return (
+        pattern.block_size,
+        pattern.sparse_block_size,
+        pattern.sparsity_factor,
+        pattern.sparsity_type,
+        pattern.num_global_tokens,
+        pattern.lsh_num_pre_rounds,
+        pattern.lsh_seed,
+    )
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, seed: Tensor | None,
+    projections: list[Tensor], dropout_p: float, scale: float, *fields: Any,
+) -> list[Tensor]:  # fmt: skip
+    """The operator: on a GPU the kernels, returning all of ``Results``; on a CPU the block-wise code, returning out."""
+    pattern, draws = LSGPattern(*fields), 0 if seed is None else int(seed)
+    if query.is_cuda:
+        from .plan import launch_forward  # here, as importing lsg_attn does not import triton
+
+        directions = _directions(pattern, projections, query) if pattern.compression == "lsh" else ()
+        call = Call(query, key, value, attention_mask, pattern, dropout_p, draws, scale, directions)
+        return list(launch_forward(call))
+    keep, rounds = full_mask(attention_mask, query), tuple(projections) or None
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        return [blockwise_attention(query, key, value, keep, pattern, dropout_p, scale, rounds, draws)]
+
+
+def _attention_fake(
+    query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, seed: Tensor | None,
+    projections: list[Tensor], dropout_p: float, scale: float, *fields: Any,
+) -> list[Tensor]:  # fmt: skip
+    """Shapes, dtypes and strides of what the operator returns."""
+    results = list(allocate(Call(query, key, value, attention_mask, LSGPattern(*fields), dropout_p, 0, scale)))
+    return results if query.is_cuda else results[:1]
+
+
+def _directions(pattern: LSGPattern, projections: list[Tensor], query: Tensor) -> tuple[Tensor, ...]:
+    """The hashing directions as the kernel reads them, on query's device."""
+    if not projections:
+        return _seeded_directions(pattern, query.shape[1], query.shape[3], query.device)
+    return tuple(x.to(torch.float32).contiguous() for x in projections)
+
+
+@lru_cache(maxsize=32)
+def _seeded_directions(
+    pattern: LSGPattern, heads: int, head_dim: int, device: torch.device
+) -> tuple[Tensor, ...]:  # copied to the device once, as that waits for it
+    return tuple(x.to(device) for x in lsh_directions(pattern, heads, head_dim))
+
+
+torch.library.custom_op("lsg_attn::attention", _attention, mutates_args=(), schema=_SCHEMA).register_fake(
+    _attention_fake
+)

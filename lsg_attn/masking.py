@@ -1,0 +1,40 @@
+"""The attention mask in the two forms that callers may give it, and the one form that PyTorch code works with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import type_name
+
+
+def check_mask(attention_mask: Tensor | None, query: Tensor, num_global_tokens: int) -> None:
+    """Check a mask (batch, T) or (batch, G+T) for queries (batch, heads, G+T, head_dim).
+
+    Raises:
+        TypeError: it is not a tensor of bool or integers.
+        ValueError: its shape or device does not fit.
+    """
+    if attention_mask is None:
+        return
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask: expected a torch.Tensor, got {type_name(attention_mask)}")
+    if attention_mask.is_floating_point() or attention_mask.is_complex():
+        raise TypeError(f"attention_mask: expected bool or integers (nonzero for a token), got {attention_mask.dtype}")
+    batch, _, length, _ = query.shape
+    shapes = (batch, length - num_global_tokens), (batch, length)
+    if tuple(attention_mask.shape) not in shapes:
+        raise ValueError(
+            f"attention_mask: expected shape (batch, T) = {shapes[0]} or (batch, G+T) = {shapes[1]}, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    if attention_mask.device != query.device:
+        raise ValueError(f"attention_mask: expected query's device {query.device}, got {attention_mask.device}")
+
+
+def full_mask(attention_mask: Tensor | None, query: Tensor) -> Tensor:
+    """A checked mask as (batch, G+T) bool, true for a token; the globals are visible where it leaves them out."""
+    batch, _, length, _ = query.shape
+    if attention_mask is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=query.device)
+    return torch.nn.functional.pad(attention_mask != 0, (length - attention_mask.shape[1], 0), value=True)

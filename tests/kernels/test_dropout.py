@@ -1,0 +1,84 @@
+"""Attention dropout in the kernels: which probabilities are dropped, by a Philox of our own, and how often."""
+
+import numpy as np
+import pytest
+import torch
+from running import forward, to_double
+
+from lsg_attn import LSGPattern, plan
+from lsg_attn.compression import Tokens, compress, lsh_directions
+from lsg_attn.kernels.schedules import Schedule, Tuning
+from lsg_attn.reference import visible_slots, visible_tokens
+from lsg_attn.testing import assert_close, make_inputs
+
+SEED = 0x1234_5678_9ABC_DEF
+
+
+def philox(seed, counter):
+    """Philox4x32-10 of 64-bit counters (Salmon et al., SC 2011): four words of 32 bits each."""
+    mask = np.uint64(0xFFFFFFFF)
+    c = [counter & mask, counter >> np.uint64(32), np.zeros_like(counter), np.zeros_like(counter)]
+    key = [seed & 0xFFFFFFFF, seed >> 32]
+    for _ in range(10):
+        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        k0, k1 = (np.uint64(k) for k in key)
+        c = [(b >> np.uint64(32)) ^ c[1] ^ k0, b & mask, (a >> np.uint64(32)) ^ c[3] ^ k1, a & mask]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return np.stack(c, -1)
+
+
+def kept(pattern, shape, columns, p, seed=SEED):
+    """(batch, heads, length, columns) bool: a counter for each head, four queries (globals apart) and column."""
+    batch, heads, length = shape
+    first = pattern.num_global_tokens
+    rows = np.concatenate([np.arange(first), -(-first // 4) * 4 + np.arange(length - first)])
+    groups = -(-first // 4) + -(-(length - first) // 4)
+    group = np.arange(batch * heads)[:, None] * groups + rows // 4
+    words = philox(seed, (group[..., None] * columns + np.arange(columns)).astype(np.uint64))
+    drawn = np.take_along_axis(words, (rows % 4)[None, :, None, None], -1)[..., 0]
+    return torch.from_numpy((drawn >> np.uint64(1)) >= round(p * 2**31)).view(batch, heads, length, columns)
+
+
+def with_dropout(inputs, pattern, p):
+    """Dense LSG attention in float64, dropping what the kernels should."""
+    query, key, value, _, mask = to_double(inputs)
+    (batch, heads, length, head_dim), first = query.shape, pattern.num_global_tokens
+    directions = [x.double() for x in lsh_directions(pattern, heads, head_dim)]
+    tokens = Tokens(query[:, :, first:], key[:, :, first:], mask[:, first:], head_dim**-0.5, directions)
+    visible = visible_tokens(pattern, length) & mask[:, None, None, :]
+    if (compression := compress(pattern, tokens)) is not None:
+        slots = visible_slots(pattern, length) & compression.keep.unsqueeze(-2)
+        visible = torch.cat([visible.expand(batch, heads, -1, -1), slots], -1)
+        key, value = (torch.cat([x, compression.apply(x[:, :, first:])], -2) for x in (key, value))
+    probs = (query @ key.mT * head_dim**-0.5).masked_fill(~visible, -1e300).softmax(-1)
+    return probs * kept(pattern, (batch, heads, length), key.shape[2], p) / (1 - p) @ value
+
+
+@pytest.mark.parametrize("sparsity_type", ["norm", "stride", "lsh"])
+def test_drops_what_the_generator_says(sparsity_type):
+    pattern = LSGPattern(18, 18, 6, sparsity_type, 5)
+    inputs = make_inputs(2, 2, 5 + 83, 16, padding="random", num_kept=6)
+    out = forward(inputs, pattern, dropout_p=0.3, seed=SEED).out.cpu()
+    assert_close("out", out, with_dropout(inputs, pattern, 0.3), 1e-5)
+
+
+@pytest.mark.parametrize("schedule", [(16, 16), (64, 32), (128, 64)])
+def test_does_not_depend_on_tiles(schedule, monkeypatch):
+    monkeypatch.setattr(plan, "forward_schedule", lambda *_: Schedule(*schedule, Tuning(4, 1)))
+    pattern = LSGPattern(32, 32, 4, "pooling", 3)
+    inputs = make_inputs(1, 2, 3 + 170, 16, padding="right")
+    out = forward(inputs, pattern, dropout_p=0.5, seed=SEED).out.cpu()
+    assert_close("out", out, with_dropout(inputs, pattern, 0.5), 1e-5)
+
+
+def test_frequency():
+    """Equal keys and values of 1: out is the mean of Bernoulli draws over 1 - p."""
+    inputs = make_inputs(1, 4, 2 + 200, 16)
+    inputs.query.zero_()
+    inputs.value.fill_(1.0)
+    p = 0.2
+    out = forward(inputs, LSGPattern(32, 0, 2, num_global_tokens=2), dropout_p=p, seed=3).out.cpu()[:, :, 34:162, 0]
+    keys = 2 + 3 * 32
+    error = (p / (1 - p) / keys / out.numel()) ** 0.5
+    assert abs(out.mean() - 1) < 5 * error
+    assert abs(out.var() / (p / (1 - p) / keys) - 1) < 0.3

@@ -1,0 +1,192 @@
+"""The forward kernels against the reference in float64, on inputs whose padding holds garbage."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from running import DEVICE, forward, to_double
+
+from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
+from lsg_attn.testing import TOLERANCES, Inputs, assert_close, make_inputs
+
+RECORDINGS = sorted((Path(__file__).parents[1] / "goldens/attention").glob("*.npz"))
+PARAMETERS = (
+    "sparsity_type",
+    "block_size",
+    "sparse_block_size",
+    "sparsity_factor",
+    "num_global_tokens",
+    "lsh_num_pre_rounds",
+)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# (tokens, head_dim, num_global_tokens, padding) with B = 32: T = 1, 2B-1, 2B, 2B+1, 7B-3, 9B
+SHAPES = [
+    (1, 24, 0, "none"),
+    (63, 64, 1, "right"),
+    (64, 80, 17, "left"),
+    (65, 40, 130, "middle"),
+    (7 * 32 - 3, 128, 1, "random"),
+    (9 * 32, 64, 17, "right"),
+]
+CASES = [
+    (sparsity_type, DTYPES[(i + j) % 3], *shape)  # each type in each dtype, twice
+    for i, sparsity_type in enumerate(SPARSITY_TYPES)
+    for j, shape in enumerate(SHAPES)
+]
+
+
+def reference(inputs, pattern, **options):
+    query, key, value, _, mask = to_double(inputs)
+    return lsg_attention(query, key, value, pattern, mask, implementation="reference", **options)
+
+
+def check(inputs, pattern):
+    """Rows of padding, whose queries are garbage too, need only be finite."""
+    rows = inputs.attention_mask[:, None, :, None]
+    got = forward(inputs, pattern).out.cpu()
+    assert got.isfinite().all()
+    assert_close("out", got * rows, reference(inputs, pattern) * rows, TOLERANCES[got.dtype])
+
+
+@pytest.mark.parametrize(("sparsity_type", "dtype", "tokens", "head_dim", "num_globals", "padding"), CASES)
+def test_each_type_and_dtype(sparsity_type, dtype, tokens, head_dim, num_globals, padding):
+    pattern = LSGPattern(32, 32, 4, sparsity_type, num_globals)
+    length = num_globals + tokens
+    check(make_inputs(1, 2, length, head_dim, dtype, padding, garbage=1e3, num_kept=num_globals + 1), pattern)
+
+
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+def test_blocks_as_large_as_a_tile(sparsity_type):
+    """The default pattern, whose tiles lie in one block each and need no windows of their own."""
+    pattern = LSGPattern(sparsity_type=sparsity_type)
+    check(make_inputs(1, 2, 1 + 5 * 128 - 60, 64, torch.bfloat16, "right", garbage=1e3, num_kept=2), pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        LSGPattern(18, 36, 3, "stride", 5),  # nothing is a power of two; s is more than B
+        LSGPattern(20, 7, 5, "pooling", 3),  # s is less than the 4 slots of a block's right and left
+        LSGPattern(20, 30, 20, "block_stride", 4),  # one slot a block
+        LSGPattern(24, 24, 24, "norm", 2),  # one slot a chunk
+        LSGPattern(48, 16, 4, "lsh", 1, lsh_num_pre_rounds=0),  # chunks of a third of a block
+        LSGPattern(36, 36, 12, "lsh", 1, lsh_num_pre_rounds=2),  # three clusters of two directions
+        LSGPattern(16, 32, 16, "lsh", 1),  # a single cluster
+        LSGPattern(32, 16, 16, "lsh", 0),  # f = s: bos_pooling
+        LSGPattern(16, 32, 1, "norm", 0),  # f = 1: the tokens themselves
+        LSGPattern(16, 200, 4, "pooling", 1),  # the reach is more than the sequence
+        LSGPattern(16, 0, 4, "norm", 200),  # no sparse part; globals in several tiles
+    ],
+    ids=lambda pattern: f"{pattern.sparsity_type}-B{pattern.block_size}-s{pattern.sparse_block_size}",
+)
+def test_unusual_patterns(pattern):
+    padding = "left" if pattern.num_global_tokens % 2 else "random"
+    length = pattern.num_global_tokens + 4 * pattern.block_size + 5
+    check(make_inputs(1, 3, length, 32, torch.float32, padding, 1e3, pattern.num_global_tokens + 1), pattern)
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_recording(path):
+    """What the original gave (lsg-converter 0.1.9)."""
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    pattern = LSGPattern(**{name: arrays[name].item() for name in PARAMETERS})
+    rounds = [torch.from_numpy(arrays[f"proj_{i}"])[0, :, 0].contiguous() for i in range(len(pattern.lsh_buckets))]
+    inputs = Inputs(*(torch.from_numpy(arrays[name]) for name in ("q", "k", "v", "dout", "attention_mask")))
+    assert_close("out", forward(inputs, pattern, directions=rounds).out.cpu(), torch.from_numpy(arrays["out"]))
+
+
+@pytest.mark.parametrize("head_dim", [16, 200, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_head_dims(head_dim, dtype):
+    check(
+        make_inputs(1, 2, 1 + 100, head_dim, dtype, "right", garbage=1e3, num_kept=2), LSGPattern(16, 16, 4, "pooling")
+    )
+
+
+def test_masks():
+    """Of the tokens or of all positions, of any integer type and strides, and none where all are tokens."""
+    pattern = LSGPattern(16, 16, 4, "stride", 3)
+    inputs = make_inputs(2, 2, 3 + 90, 16, padding="random", num_kept=3)
+    mask = inputs.attention_mask
+    expected = forward(inputs, pattern).out
+    wide = torch.zeros(2, 93, 2, dtype=torch.int64)
+    wide[..., 0] = mask * 7
+    for same in (mask[:, 3:], mask.int(), wide[..., 0], mask.t().contiguous().t()):
+        assert torch.equal(forward(inputs, pattern, attention_mask=same.to(DEVICE)).out, expected)
+    ones = inputs._replace(attention_mask=torch.ones_like(mask))
+    assert_close("out", forward(inputs, pattern, attention_mask=None).out.cpu(), reference(ones, pattern), 1e-5)
+
+
+def test_strides():
+    """The (batch, length, heads, head_dim) memory of a projection, one query for all heads, columns of a matrix."""
+    pattern = LSGPattern(16, 16, 4, "pooling", 3)
+    inputs = make_inputs(2, 2, 3 + 90, 16, padding="right")
+    expected = forward(inputs, pattern).out
+    query, key, value = inputs[:3]
+    strided = (
+        query.transpose(1, 2).contiguous().transpose(1, 2),
+        torch.stack([key, key], -1)[..., 0],
+        value.mT.contiguous().mT,
+    )
+    assert torch.equal(forward(Inputs(*strided, *inputs[3:]), pattern).out, expected)
+    expanded = inputs._replace(query=query[:, :1].expand_as(query))
+    whole = inputs._replace(query=query[:, :1].repeat(1, 2, 1, 1))
+    assert torch.equal(forward(expanded, pattern).out, forward(whole, pattern).out)
+    assert expected.transpose(1, 2).is_contiguous()
+
+
+def test_scale_and_log_sum_exp():
+    """Of plain attention, which T <= 2B is."""
+    inputs = make_inputs(2, 2, 5 + 32, 16, padding="right", num_kept=1)
+    query, key, _, _, mask = to_double(inputs)
+    for scale in (1.7, 1e-3):
+        results = forward(inputs, LSGPattern(16, num_global_tokens=5), scale=scale)
+        scores = (query @ key.mT * scale).masked_fill(~mask[:, None, None, :], -torch.inf)
+        assert_close("lse", results.lse.cpu(), scores.logsumexp(-1), 1e-6)
+        assert_close(
+            "out", results.out.cpu(), reference(inputs, LSGPattern(16, num_global_tokens=5), scale=scale), 1e-5
+        )
+
+
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+def test_queries_that_see_nothing(sparsity_type):
+    """Everything is padding in one sequence; in the other, all that the first blocks and their slots see."""
+    pattern = LSGPattern(16, 16, 4, sparsity_type, 2)
+    inputs = make_inputs(2, 2, 2 + 200, 16)
+    inputs.attention_mask[0] = False
+    inputs.attention_mask[1, : 2 + 160] = False
+    results = forward(inputs, pattern)
+    assert not results.out[0].any()
+    assert (results.lse[0] == torch.inf).all()
+    assert not results.out[1, :, 2:18].any()
+    assert (results.lse[1, :, 2:18] == torch.inf).all()
+    rows = inputs.attention_mask[1, :, None]
+    assert_close("out", results.out[1].cpu() * rows, reference(inputs, pattern)[1] * rows, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 40, 16), (1, 2, 3, 16), (1, 1, 4, 16)])
+def test_nothing_or_globals_alone(shape):
+    inputs = make_inputs(*shape)
+    pattern = LSGPattern(16, num_global_tokens=3)
+    assert_close("out", forward(inputs, pattern).out.cpu(), reference(inputs, pattern), 1e-5)
+
+
+def test_many_parts_of_the_global_queries():
+    """More parts than the combine takes at once, and one that sees nothing."""
+    inputs = make_inputs(1, 1, 2 + 40 * 512, 16)
+    inputs.attention_mask[:, 512 * 7 : 512 * 9] = False
+    pattern = LSGPattern(128, num_global_tokens=2, sparsity_type="none")
+    query, key, value, _, mask = to_double(inputs)
+    expected = torch.nn.functional.scaled_dot_product_attention(query[:, :, :2], key, value, mask[:, None, None, :])
+    assert_close("out", forward(inputs, pattern).out[:, :, :2].cpu(), expected, 1e-5)
+
+
+@pytest.mark.parametrize("sparsity_type", ["norm", "stride", "pooling"])
+def test_the_same_bits_again(sparsity_type):
+    inputs = make_inputs(2, 2, 3 + 150, 16, torch.float16, padding="random")
+    first, again = (
+        forward(inputs, LSGPattern(16, 16, 4, sparsity_type, 3), dropout_p=0.1, seed=5).out for _ in range(2)
+    )
+    assert torch.equal(first, again)

@@ -1,0 +1,59 @@
+"""What a call costs its host: launches, and no waiting for the device."""
+
+import pytest
+import torch
+from running import DEVICE
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lsg_attn import SPARSITY_TYPES, LSGPattern, fused, lsg_attention
+from lsg_attn.plan import Launch
+from lsg_attn.testing import make_inputs
+
+LAUNCHES = {"none": 1, "stride": 1, "block_stride": 1, "norm": 2, "pooling": 2, "bos_pooling": 2, "lsh": 2}
+# Operators that neither run on a device nor wait for one.
+FREE = {"aten::new_empty", "aten::empty", "aten::transpose.int", "aten::detach", "aten::alias"}
+
+
+class Recorder(TorchDispatchMode):
+    """The names of the operators that PyTorch runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The kernels that a call launches, which are not run."""
+    names = []
+    monkeypatch.setattr(Launch, "run", lambda self: names.append(self.kernel.__name__))
+    return names
+
+
+@pytest.mark.parametrize("num_globals", [0, 3])
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+def test_launches(sparsity_type, num_globals, launched):
+    """At most three: a compression, the attention, a combine of the global queries. PyTorch itself runs nothing."""
+    pattern = LSGPattern(16, 16, 4, sparsity_type, num_globals)
+    query, key, value, _, mask = (x.to(DEVICE) for x in make_inputs(2, 4, num_globals + 90, 16))
+    arguments = (query, key, value, mask[:, num_globals:], None, [], 0.0, 0.25, *fused._fields(pattern))
+    fused._attention(*arguments)  # lsh's directions are drawn once
+    launched.clear()
+    with torch._C.DisableTorchFunction(), Recorder() as recorder:  # ttsem fills new memory by such a function
+        fused._attention(*arguments)
+    assert len(launched) == LAUNCHES[sparsity_type] + (num_globals > 0) <= 3
+    assert launched[-1 - (num_globals > 0)] == "_lsg_fwd_kernel"
+    assert set(recorder.names) <= FREE
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_what_the_call_itself_runs(dropout_p, launched):
+    """The operator alone; with dropout a seed too, which is drawn and read on the CPU."""
+    inputs = [x.to(DEVICE) for x in make_inputs(2, 4, 1 + 90, 16)]
+    with Recorder() as recorder:
+        lsg_attention(*inputs[:3], LSGPattern(16, 16, 4), inputs[4], dropout_p, implementation="triton")
+    assert recorder.names == ["aten::randint"] * (dropout_p > 0) + ["lsg_attn::attention"]

@@ -1,0 +1,131 @@
+"""The Triton implementation without a GPU: what stands in its way, and its operator, which runs on a CPU too."""
+
+import pytest
+import torch
+
+from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
+from lsg_attn.call import Call, allocate
+from lsg_attn.fused import _fields, obstacles
+from lsg_attn.testing import assert_close, make_inputs
+
+operator = torch.ops.lsg_attn.attention
+
+
+class OnAGPU(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def arguments(pattern, dropout_p=0.0, scale=0.3):
+    inputs = make_inputs(2, 4, pattern.num_global_tokens + 90, 8, padding="random")
+    seed = torch.tensor(11) if dropout_p else None
+    return *inputs[:3], inputs.attention_mask, seed, [], dropout_p, scale, *_fields(pattern)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dtype": torch.float64}, "the dtype is torch.float64, the kernels take float16, bfloat16 and float32"),
+        ({"head_dim": 257}, "head_dim is 257, the kernels take up to 256"),
+        ({"pattern": LSGPattern(num_global_tokens=513)}, "num_global_tokens is 513, the kernels take up to 512"),
+        ({"pattern": LSGPattern(256, 256, 2, "lsh")}, "= 256 tokens, the kernels up to 128"),
+        ({"scale": 0.0}, "scale is 0.0, the kernels take one above 0"),
+        ({"requires_grad": True}, "a gradient is asked for"),
+        ({"capability": (7, 5)}, "compute capability is below 8.0"),
+        ({"has_triton": False}, "triton is not installed"),
+    ],
+)
+def test_obstacles(change, reason, monkeypatch):
+    """Each is named, alone; and with `auto` it is no error."""
+    case = {"dtype": torch.float16, "head_dim": 64, "pattern": LSGPattern(), "scale": 1.0, "requires_grad": False}
+    case |= {"capability": (8, 0), "has_triton": True}
+    case |= change
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case["capability"])
+    monkeypatch.setattr("lsg_attn.fused._HAS_TRITON", case["has_triton"])
+    x = torch.zeros(1, 1, 600, case["head_dim"], dtype=case["dtype"], requires_grad=case["requires_grad"])
+    x = x.as_subclass(OnAGPU)
+    (got,) = obstacles(x, x, x, case["pattern"], case["scale"])
+    assert reason in got
+
+
+def test_nothing_stands_in_the_way(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    x = torch.zeros(1, 1, 10, 64, dtype=torch.bfloat16).as_subclass(OnAGPU)
+    assert obstacles(x, x, x, LSGPattern(), 0.125) == []
+
+
+def test_triton_on_a_cpu_says_why_not_and_what_to_use():
+    x = torch.zeros(1, 1, 10, 64)
+    with pytest.raises(ValueError, match=r"the tensors are on device cpu.* use 'auto' or 'torch'"):
+        lsg_attention(x, x, x, LSGPattern(), implementation="triton")
+
+
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_operator(sparsity_type, dropout_p):
+    """PyTorch's own checks: schema, fake tensors, tracing with dynamic shapes."""
+    torch.library.opcheck(operator, arguments(LSGPattern(16, 16, 4, sparsity_type, 3), dropout_p))
+
+
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+def test_operator_is_block_wise_attention_on_a_cpu(sparsity_type):
+    pattern = LSGPattern(16, 16, 4, sparsity_type, 3)
+    query, key, value, mask, *rest = arguments(pattern)
+    (out,) = operator(query, key, value, mask, *rest)
+    assert torch.equal(out, lsg_attention(query, key, value, pattern, mask, scale=0.3, implementation="torch"))
+
+
+def test_operator_draws_from_its_seed():
+    case = arguments(LSGPattern(16, num_global_tokens=3), dropout_p=0.5)
+    first, again = (operator(*case)[0] for _ in range(2))
+    other = operator(*case[:4], torch.tensor(12), *case[5:])[0]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+def test_compiles_as_one_graph(sparsity_type):
+    """The whole of lsg_attention, at any length above 2B without compiling again."""
+    pattern = LSGPattern(16, 16, 4, sparsity_type, 3)
+    compiled = torch.compile(lambda *x: lsg_attention(*x[:3], pattern, x[3]), fullgraph=True)
+    for tokens in (90, 101, 333):
+        *qkv, _, mask = make_inputs(2, 4, 3 + tokens, 8, padding="random")
+        for x, dimension in (*((x, 2) for x in qkv), (mask, 1)):
+            torch._dynamo.mark_dynamic(x, dimension)
+        with torch.compiler.set_stance("default" if tokens == 90 else "fail_on_recompile"):
+            out = compiled(*qkv, mask)
+        assert_close("out", out, lsg_attention(*qkv, pattern, mask), 1e-6)
+
+
+def test_autocast_does_not_change_the_dtype():
+    pattern = LSGPattern(16, num_global_tokens=3)
+    query, key, value, mask, *rest = arguments(pattern)
+    with torch.autocast("cpu", torch.bfloat16):
+        (out,) = operator(query, key, value, mask, *rest)
+    assert torch.equal(out, operator(query, key, value, mask, *rest)[0])
+
+
+def test_exports():
+    class Attention(torch.nn.Module):
+        def forward(self, query, key, value):
+            return lsg_attention(query, key, value, LSGPattern(16))
+
+    inputs = tuple(make_inputs(1, 2, 1 + 90, 8)[:3])
+    program = torch.export.export(Attention(), inputs)
+    assert "lsg_attn.attention" in str(program.graph)
+    assert torch.equal(program.module()(*inputs), Attention()(*inputs))
+
+
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+def test_results_are_as_small_as_they_can_be(sparsity_type):
+    """Bytes besides out: no scores, no gathered keys; T/f rows of keys and values for the types that make new ones."""
+    heads, tokens, head_dim, factor = 4, 4096, 64, 4
+    x = torch.empty(2, heads, 1 + tokens, head_dim, dtype=torch.bfloat16, device="meta")
+    results = allocate(Call(x, x, x, None, LSGPattern(128, 128, factor, sparsity_type), 0.0, 0, 0.125))
+    slots, rows = 2 * heads * tokens // factor, 2 * heads * tokens
+    lse = 4 * 2 * heads * (1 + tokens)
+    expected = {"none": 0, "stride": 0, "block_stride": 0, "norm": 4 * slots}
+    pooled = slots * (4 + 2 * 2 * head_dim) + 4 * rows
+    expected |= {"pooling": pooled, "bos_pooling": pooled, "lsh": pooled + 4 * rows}
+    assert sum(y.nbytes for y in results[1:]) == lse + expected[sparsity_type]
