@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test static lint format bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/lsg-attn demo
@@ -11,6 +11,10 @@ demo: $(VENV)/ready
 test: lint
 	$(BIN)/python -m pytest
 	$(BIN)/python -m ttsem.sanitize pytest tests/kernels
+	$(BIN)/python -m bench.static --subset quick --target sm_90
+
+static: $(VENV)/ready
+	$(BIN)/python -m bench.static --json bench/results/static.json
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

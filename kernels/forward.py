@@ -21,40 +21,55 @@ _SCAN = tl.constexpr(256)
 
 @triton.jit
 def _find_keys(offs_n, stop, source, KIND: tl.constexpr, V: tl.constexpr):
-    """The rows where keys ``offs_n`` lie, which of them can be read, and which are visible at all.
+    """The rows where keys ``offs_n`` lie, and which of them can be read.
 
     KIND is "token", and ``offs_n`` are positions of the sequence, or V.sparsity, and they are slots.
     """
-    mask_row, index_ptr, head, num_tokens = source
+    _, index_ptr, head, num_tokens = source
     inside = offs_n < stop
-    if KIND == "compressed":
-        return offs_n, inside, tl.load(index_ptr + offs_n, mask=inside, other=-1) >= 0
+    if KIND == "token" or KIND == "compressed":
+        return offs_n, inside
     elif KIND == "indexed":
         tokens = tl.load(index_ptr + offs_n, mask=inside, other=-1)
-        return V.num_globals + tokens, tokens >= 0, tokens >= 0
+        return V.num_globals + tokens, tokens >= 0
     else:
-        positions = offs_n
         if KIND == "stride":
-            positions = V.num_globals + offs_n * V.factor + head % V.factor
-        elif KIND == "block_stride":
-            positions = V.num_globals + offs_n // V.step * V.block + (head * V.step + offs_n % V.step) % V.block
-        inside = inside & (positions < V.num_globals + num_tokens)
-        return positions, inside, is_kept(mask_row, positions, inside, V)
+            tokens = offs_n * V.factor + head % V.factor
+        else:  # block_stride
+            tokens = offs_n // V.step * V.block + (head * V.step + offs_n % V.step) % V.block
+        return V.num_globals + tokens, inside & (tokens < num_tokens)
+
+
+@triton.jit
+def _are_visible(offs_n, rows, readable, source, KIND: tl.constexpr, V: tl.constexpr):
+    """Which keys that can be read are tokens, or slots that are kept."""
+    mask_row, index_ptr, _, _ = source
+    if KIND == "compressed":
+        return tl.load(index_ptr + offs_n, mask=readable, other=-1) >= 0
+    elif KIND == "indexed":
+        return readable
+    else:
+        return is_kept(mask_row, rows, readable, V)
 
 
 @triton.jit
 def _trim(start, stop, source, KIND: tl.constexpr, V: tl.constexpr):
-    """Keys [start, stop) from the first visible one to the last: tiles of padding at either end are not read."""
-    if V.has_mask:
-        first, last = stop, 0
+    """Keys [start, stop) from the first visible one to the last, and whether some between them are not visible.
+
+    So tiles of padding at either end are never read, and nearly always the others need no look at the mask.
+    """
+    if V.has_mask or KIND != "token":
+        first, last, count = stop, 0, 0
         for at in tl.range(start, stop, _SCAN):
             offs_n = at + tl.arange(0, _SCAN)
-            _, _, visible = _find_keys(offs_n, stop, source, KIND, V)
+            rows, readable = _find_keys(offs_n, stop, source, KIND, V)
+            visible = _are_visible(offs_n, rows, readable, source, KIND, V)
             first = tl.minimum(first, tl.min(tl.where(visible, offs_n, stop), 0))
             last = tl.maximum(last, tl.max(tl.where(visible, offs_n + 1, 0), 0))
-        return first, last
+            count += tl.sum(visible.to(tl.int32), 0)
+        return first, last, count < last - first
     else:
-        return start, stop
+        return start, stop, False
 
 
 @triton.jit
@@ -76,7 +91,8 @@ def _attend(
 ):  # fmt: skip
     """Take the keys of two ranges, ``near`` and ``far``, into the softmax ``state`` of a tile of queries.
 
-    WINDOWED: the tile's rows lie in several blocks, each of which has windows of its own within the ranges.
+    A range is (start, stop, whether it has gaps). WINDOWED: the tile's rows lie in several blocks, each of which has
+    windows of its own within the ranges.
     """
     k_ptr, v_ptr, k_strides, v_strides = keys
     offs_d = tl.arange(0, q.shape[1])
@@ -85,18 +101,24 @@ def _attend(
     for tile in tl.range(0, tiles):
         is_near = tile < near_tiles
         start = tl.where(is_near, near[0], far[0] - near_tiles * BLOCK_N) + tile * BLOCK_N
+        stop = tl.where(is_near, near[1], far[1])
         offs_n = start + tl.arange(0, BLOCK_N)
-        rows, readable, visible = _find_keys(offs_n, tl.where(is_near, near[1], far[1]), source, KIND, V)
+        rows, readable = _find_keys(offs_n, stop, source, KIND, V)
         k = load_rows(k_ptr, k_strides, rows, readable, offs_d, V.head_dim)  # (BLOCK_N, BLOCK_D)
         v = load_rows(v_ptr, v_strides, rows, readable, offs_d, V.head_dim)
+        visible = offs_n < stop
+        if tl.where(is_near, near[2], far[2]):
+            visible = _are_visible(offs_n, rows, readable, source, KIND, V)
         visible = visible[None, :]
         if WINDOWED:
             visible = visible & _in_windows(row_block, offs_n, KIND, V)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+        scores = tl.where(visible, scores, float("-inf"))
         keeps = None
         if V.has_dropout:  # a token's column is its position; those of slots come after the sequence
             columns = offs_n if KIND == "token" else V.num_globals + source[3] + offs_n
             keeps = dropout_keeps(draws, columns, q.shape[0])
-        state = softmax_step(state, q, k, v, visible, keeps, scale_log2)
+        state = softmax_step(state, scores, v, keeps, scale_log2)
     return state
 
 
@@ -123,7 +145,7 @@ def _global_tile(
     draws = _draws(dropout, batch_head, first_row // 4, source[3], columns, BLOCK_G, V)
     state = softmax_start(BLOCK_G, BLOCK_D)
     near = _trim(start, stop, source, "token", V)
-    far = (near[1], near[1])
+    far = (stop, stop, False)
     state = _attend(state, q, None, tokens, source, draws, scale_log2, near, far, "token", False, V, BLOCK_N)
     return softmax_end(state, scale_log2)
 
@@ -145,7 +167,7 @@ def _token_tile(
     state = softmax_start(BLOCK_M, BLOCK_D)
     # 1. The globals.
     if G > 0:
-        near, far = (0, G), (G, G)
+        near, far = (0, G, V.has_mask), (G, G, False)
         FEW: tl.constexpr = min(BLOCK_N, max(16, triton.next_power_of_2(G)))
         state = _attend(state, q, None, tokens, source, draws, scale_log2, near, far, "token", False, V, FEW)
     # 2. The slots left and right of the local windows; between those of several blocks there may be no gap.
@@ -161,7 +183,7 @@ def _token_tile(
     # 3. The local windows.
     start, stop = tl.maximum(first - 1, 0) * V.block, tl.minimum((last + 2) * V.block, num_tokens)
     near = _trim(G + start, G + stop, source, "token", V)
-    far = (near[1], near[1])
+    far = (stop, stop, False)
     state = _attend(state, q, row_block, tokens, source, draws, scale_log2, near, far, "token", WINDOWED, V, BLOCK_N)
     return softmax_end(state, scale_log2)
 

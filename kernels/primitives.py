@@ -61,16 +61,14 @@ def softmax_start(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(state, q, k, v, visible, keeps, scale_log2):
-    """Take one tile of keys into the softmax of a tile of queries (Dao, arXiv 2307.08691, algorithm 1).
+def softmax_step(state, scores, v, keeps, scale_log2):
+    """Take the scores of one tile of keys into the softmax of a tile of queries (arXiv 2307.08691, algorithm 1).
 
-    q: (BLOCK_M, BLOCK_D); k, v: (BLOCK_N, BLOCK_D); visible: (BLOCK_M or 1, BLOCK_N); keeps: the probabilities that
-    dropout keeps, (BLOCK_M, BLOCK_N), or None. ``row_max`` is of unscaled scores: the scale, which must be positive,
-    is part of the exponent's one multiply-add.
+    scores: (BLOCK_M, BLOCK_N), -inf where a key is not visible; v: (BLOCK_N, BLOCK_D); keeps: the probabilities that
+    dropout keeps, (BLOCK_M, BLOCK_N), or None. The maximum is of scores before scaling: the scale, which must be
+    positive, is part of the exponent's one multiply-add.
     """
     acc, row_max, row_sum = state
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-    scores = tl.where(visible, scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     rescale = tl.exp2((row_max - new_max) * scale_log2)
     probs = tl.exp2(scores * scale_log2 - (new_max * scale_log2)[:, None])

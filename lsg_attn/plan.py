@@ -125,11 +125,12 @@ def _plan_compression(call: Call, results: Results, target: str) -> list[Launch]
         "weight_ptr": results.weight,
     }
     if compression in ("pooling", "bos_pooling"):
+        by_query = compression == "bos_pooling"
         arguments |= {
-            "q_ptr": query,
-            "q_strides": query.stride(),
+            "q_ptr": query if by_query else None,
+            "q_strides": query.stride() if by_query else None,
             "scale_log2": call.scale * math.log2(math.e),
-            "BY_QUERY": compression == "bos_pooling",
+            "BY_QUERY": by_query,
             "BLOCK_N": _POOLED,
             "BLOCK_D": _block_d(call),
         }

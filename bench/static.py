@@ -1,0 +1,343 @@
+"""`python -m bench.static`: compile the kernels for GPUs that are not here, and read the binaries.
+
+It needs no GPU and no driver: ptxas and the disassemblers are in the triton wheel. It tells registers, spills, shared
+memory, tensor-core instructions and occupancy of every variant that dispatch can choose; it does not tell time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lsg_attn import SPARSITY_TYPES, LSGPattern
+from lsg_attn.call import Call, allocate
+from lsg_attn.plan import Launch, plan_forward
+
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_CACHE = Path(__file__).parents[1] / "build/static"
+_KIB = 1024
+MOST_SPILLED = 64  # bytes of a thread that a kernel may spill
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What one multiprocessor has for the blocks that run on it; memory in bytes, registers of 4 bytes.
+
+    NVIDIA: CUDA C++ Programming Guide, technical specifications per compute capability; each block takes 1 KiB of
+    shared memory more than it asks for. AMD: CDNA 3 ISA guide; a multiprocessor is a compute unit of four SIMDs.
+    """
+
+    warps: int
+    blocks: int
+    registers: int
+    shared: int
+    shared_of_block: int
+    warp_size: int = 32
+    shared_reserved: int = _KIB
+
+
+GPUS = {
+    "sm_80": Gpu(64, 32, 65536, 164 * _KIB, 163 * _KIB),
+    "sm_86": Gpu(48, 16, 65536, 100 * _KIB, 99 * _KIB),
+    "sm_90": Gpu(64, 32, 65536, 228 * _KIB, 227 * _KIB),
+    "sm_100": Gpu(64, 32, 65536, 228 * _KIB, 227 * _KIB),
+    "sm_120": Gpu(48, 24, 65536, 100 * _KIB, 99 * _KIB),
+    "gfx942": Gpu(32, 32, 4 * 512 * 64, 64 * _KIB, 64 * _KIB, warp_size=64, shared_reserved=0),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel, by what its binary says; ``spill_bytes`` are of a thread, loads and stores together."""
+
+    kernel: str
+    variant: str
+    target: str
+    registers: int
+    stack: int
+    spill_bytes: int
+    shared_bytes: int
+    tensor_core_instructions: int
+    async_copies: int
+    blocks_per_sm: int
+    occupancy: float
+    num_warps: int
+    num_stages: int
+    triton: str
+
+
+# Instructions of the disassembly: HMMA, HGMMA, ... and MFMA, WMMA; LDGSTS (cp.async) and the bulk copies.
+_TENSOR_CORE = re.compile(r"\b(?:[HDIOQ]G?MMA|UTC\w*MMA)\b|\bv_(?:mfma|wmma)_")
+_ASYNC_COPY = re.compile(r"\b(?:LDGSTS|UTMALDG|UBLKCP)\b|\b(?:buffer|global)_load_\S*.*\blds\b")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call that dispatch may get: which kernels it takes on a target is up to the planner."""
+
+    sparsity_type: str
+    dtype: torch.dtype
+    head_dim: int
+    has_mask: bool
+    has_dropout: bool
+    target: str
+
+    def launches(self) -> list[tuple[str, Launch]]:
+        """What it launches, each with the name of its variant."""
+        heads, length = 16, 1 + 4096
+        pattern = LSGPattern(sparsity_type=self.sparsity_type)
+        # (batch, length, heads, head_dim) in memory, as a projection gives it
+        x = torch.empty(2, length, heads, self.head_dim, dtype=self.dtype, device="meta").transpose(1, 2)
+        mask = torch.empty(2, length - 1, dtype=torch.bool, device="meta") if self.has_mask else None
+        directions = (torch.empty(heads, self.head_dim, m // 2, device="meta") for m in pattern.lsh_buckets)
+        dropout_p, seed = (0.1, 1 << 60) if self.has_dropout else (0.0, 0)
+        call = Call(x, x, x, mask, pattern, dropout_p, seed, self.head_dim**-0.5, tuple(directions))
+        launches = plan_forward(call, allocate(call), self.target)
+        return [(self._variant(launch), launch) for launch in launches]
+
+    def _variant(self, launch: Launch) -> str:
+        """The name of the variant that one of the case's launches is."""
+        words = [str(self.dtype).removeprefix("torch."), f"d{self.head_dim}"]
+        if "V" in launch.arguments:  # the combine has none: masks, dropout and sparsity are over by then
+            variant = launch.arguments["V"]
+            words.insert(0, variant.sparsity)
+            words += ["mask"] * variant.has_mask + ["dropout"] * variant.has_dropout
+        return " ".join(words)
+
+
+def cases(subset: str, targets: Sequence[str]) -> Iterator[Case]:
+    """The calls of a subset.
+
+    "quick": bfloat16, head_dim 64, a mask; "ci": all dtypes, and for bfloat16 also dropout; "all": every combination
+    with head_dim 64 and 128, with and without a mask and dropout.
+    """
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    everything = itertools.product(SPARSITY_TYPES, dtypes, (64, 128), (True, False), (False, True), targets)
+    for case in itertools.starmap(Case, everything):
+        is_main = case.head_dim == 64 and case.has_mask
+        is_plain = case.dtype == torch.bfloat16 and not case.has_dropout
+        if subset == "quick" and not (is_main and is_plain):
+            continue
+        if subset == "ci" and not (is_main and (not case.has_dropout or case.dtype == torch.bfloat16)):
+            continue
+        yield case
+
+
+def source_of(launch: Launch) -> ASTSource:
+    """The compiler's input for a launch, specialised as a run would be; tensors count as 16-byte aligned."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def describe(value: Any, path: tuple[int, ...], is_specialized: bool) -> Any:
+        if value is None or (is_specialized and isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(describe(x, (*path, i), is_specialized) for i, x in enumerate(value))
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, torch.Tensor) or (is_specialized and value % 16 == 0):
+            attributes[path] = [["tt.divisibility", 16]]
+        if isinstance(value, torch.Tensor):
+            return "*" + _TYPES[value.dtype]
+        return "i32" if -(1 << 31) <= value < 1 << 31 else "i64"
+
+    for i, param in enumerate(launch.kernel.params):
+        value = launch.arguments[param.name]
+        if param.is_constexpr:
+            constants[i,] = value
+            signature[param.name] = "constexpr"
+        else:
+            signature[param.name] = describe(value, (i,), not param.do_not_specialize)
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+
+
+def compile_row(case: Case, index: int) -> Row | str:
+    """Launch number ``index`` of a case compiled, or the error if it does not; from the cache if it is there."""
+    variant, launch = case.launches()[index]
+    path = _CACHE / f"{key_of(case, launch)}.json"
+    if path.exists():
+        return Row(**{**json.loads(path.read_text(encoding="utf-8")), "variant": variant})
+    is_cuda = case.target.startswith("sm_")
+    gpu = GPUS[case.target]
+    target = GPUTarget("cuda", int(case.target[3:]), 32) if is_cuda else GPUTarget("hip", case.target, gpu.warp_size)
+    log = io.StringIO()
+    try:
+        with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
+            knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True  # the log has the spills
+            kernel = triton.compile(source_of(launch), target=target, options=launch.options)
+    except Exception as error:  # whatever a backend raises is a result of this bench
+        return f"{launch.kernel.__name__} {variant} {case.target}: {type(error).__name__}: {error}".strip()
+    found = _read_cubin(kernel, log.getvalue()) if is_cuda else _read_amdgcn(kernel)
+    blocks = _blocks(gpu, is_cuda, found["registers"], found["shared_bytes"], launch.tuning.num_warps)
+    row = Row(
+        kernel=launch.kernel.__name__,
+        variant=variant,
+        target=case.target,
+        blocks_per_sm=blocks,
+        occupancy=round(blocks * launch.tuning.num_warps / gpu.warps, 4),
+        num_warps=launch.tuning.num_warps,
+        num_stages=launch.tuning.num_stages,
+        triton=triton.__version__,
+        **found,
+    )
+    _CACHE.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(row)), encoding="utf-8")
+    return row
+
+
+def key_of(case: Case, launch: Launch) -> str:
+    """What a compiled kernel is known by: source, types, constants, options, target and compiler."""
+    parts = (source_of(launch).hash(), sorted(launch.options.items()), case.target, triton.__version__)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _read_cubin(kernel: Any, log: str) -> dict[str, int]:
+    """ptxas' log has the spills; a cubin the rest."""
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    if not spills:
+        raise RuntimeError("ptxas said nothing about spills")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _run("cuobjdump", "-res-usage", file.name)))
+        text = _run("nvdisasm", "-c", file.name)
+    return {
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]) + int(usage["LOCAL"]),
+        "spill_bytes": sum(map(int, spills)),
+        "shared_bytes": int(kernel.metadata.shared),
+        "tensor_core_instructions": len(_TENSOR_CORE.findall(text)),
+        "async_copies": len(_ASYNC_COPY.findall(text)),
+    }
+
+
+def _read_amdgcn(kernel: Any) -> dict[str, int]:
+    """The assembly's metadata counts VGPRs, and spilled ones, of 4 bytes in each lane."""
+    text = kernel.asm["amdgcn"]
+
+    def metadata(key: str) -> int:
+        return int(re.findall(rf"\.{key}:\s*(\d+)", text)[0])
+
+    return {
+        "registers": metadata("vgpr_count"),
+        "stack": metadata("private_segment_fixed_size"),
+        "spill_bytes": 4 * metadata("vgpr_spill_count"),
+        "shared_bytes": int(kernel.metadata.shared),
+        "tensor_core_instructions": len(_TENSOR_CORE.findall(text)),
+        "async_copies": len(_ASYNC_COPY.findall(text)),
+    }
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _blocks(gpu: Gpu, is_cuda: bool, registers: int, shared: int, num_warps: int) -> int:
+    """How many blocks a multiprocessor holds at once; 0 if a block's shared memory does not fit."""
+    if shared > gpu.shared_of_block:
+        return 0
+    # Registers are given out to a warp, in units of 8 for each lane.
+    of_warp = -(-max(registers, 1) // 8) * 8 * gpu.warp_size
+    warps = gpu.registers // of_warp
+    if not is_cuda:  # a wave has its registers from one SIMD of four
+        warps = 4 * min(gpu.warps // 4, gpu.registers // 4 // of_warp)
+    by_shared = gpu.shared // (shared + gpu.shared_reserved) if shared + gpu.shared_reserved else gpu.blocks
+    return min(gpu.blocks, gpu.warps // num_warps, warps // num_warps, by_shared)
+
+
+def faults(row: Row) -> list[str]:
+    """What is wrong with a compiled kernel; empty if it may ship."""
+    wrong = []
+    if row.spill_bytes > MOST_SPILLED:
+        wrong.append(f"spills {row.spill_bytes} bytes, more than {MOST_SPILLED}")
+    if row.shared_bytes > GPUS[row.target].shared_of_block:
+        wrong.append(f"takes {row.shared_bytes} bytes of shared memory of {GPUS[row.target].shared_of_block}")
+    is_matmul = row.kernel == "_lsg_lsh_kernel" or (row.kernel == "_lsg_fwd_kernel" and "float32" not in row.variant)
+    if is_matmul and not row.tensor_core_instructions:
+        wrong.append("has no tensor-core instruction")
+    return [f"{row.kernel} {row.variant} {row.target} {what}" for what in wrong]
+
+
+def compile_all(todo: Iterable[Case], jobs: int) -> tuple[list[Row], list[str]]:
+    """Every kernel of the cases, once; and the errors of those that do not compile."""
+    distinct: dict[str, tuple[Case, int]] = {}
+    for case in todo:
+        for index, (_, launch) in enumerate(case.launches()):
+            distinct.setdefault(key_of(case, launch), (case, index))
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        outcomes = pool.map(compile_row, *zip(*distinct.values(), strict=True))
+        console = Console(stderr=True)
+        results = list(track(outcomes, "compiling", len(distinct), console=console, disable=not console.is_terminal))
+    rows = [x for x in results if isinstance(x, Row)]
+    rows.sort(key=lambda row: (row.kernel, row.variant, [*GPUS].index(row.target)))
+    return rows, [x for x in results if isinstance(x, str)]
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """A table of all rows."""
+    table = Table(
+        "kernel", "variant", "target", *(["reg", "stack", "spill", "shared", "mma", "async", "blocks", "occ"])
+    )
+    for row in rows:
+        values = asdict(row)
+        numbers = (values[name] for name in list(values)[3:11])
+        table.add_row(row.kernel, row.variant, row.target, *map(str, numbers))
+    Console(width=140).print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the bench; the status is 1 if a kernel does not compile or has a fault."""
+    parser = argparse.ArgumentParser(prog="python -m bench.static", description=__doc__)
+    parser.add_argument("--target", nargs="+", choices=GPUS, default=list(GPUS), help="GPUs (default: all)")
+    parser.add_argument("--subset", choices=("quick", "ci", "all"), default="all", help="which variants (default: all)")
+    parser.add_argument("--json", type=Path, help="write the rows there, as a list of objects")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    rows, errors = compile_all(cases(options.subset, options.target), options.jobs)
+    print_rows(rows)
+    for row in rows:
+        errors += faults(row)
+    for error in errors:
+        print(error, file=sys.stderr)
+    print(f"{len(rows)} kernels compiled, {len(errors)} faults")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

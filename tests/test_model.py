@@ -1,0 +1,47 @@
+"""bench.model: its counts against the reference's dense masks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.model import DATA_SHEETS, model, num_scores
+from lsg_attn import SPARSITY_TYPES, LSGPattern
+from lsg_attn.reference import visible_slots, visible_tokens
+
+
+@pytest.mark.parametrize("tokens", [1, 32, 33, 100, 250])
+@pytest.mark.parametrize(
+    "pattern", [LSGPattern(16, 16, 4), LSGPattern(16, 200, 2, "pooling", 5), LSGPattern(16, 0, 2, num_global_tokens=0)]
+)
+def test_scores_are_those_of_the_dense_masks(pattern, tokens):
+    length = pattern.num_global_tokens + tokens
+    expected = visible_tokens(pattern, length).sum() + visible_slots(pattern, length).sum()
+    assert num_scores(pattern, tokens) == expected
+
+
+def test_floors():
+    """By hand, for a dense sequence: 2 products of 2 flops; q, k, v, out in 16 bits, lse in 32."""
+    shape, pattern = (2, 3, 1 + 100, 64), LSGPattern(128)
+    got = model(pattern, shape, torch.bfloat16, "sm_80")
+    assert got.flops == 4 * 64 * 6 * 101 * 101
+    assert got.bytes_moved == 6 * 101 * (4 * 2 * 64 + 4)
+    assert got.compute_us == pytest.approx(got.flops / 312e12 * 1e6)
+    assert got.memory_us == pytest.approx(got.bytes_moved / 2.039e12 * 1e6)
+    assert got.launches == ("_lsg_fwd_kernel", "_lsg_fwd_combine_kernel")
+
+
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+def test_readme_has_these_figures(sparsity_type):
+    got = model(LSGPattern(sparsity_type=sparsity_type), (1, 16, 1 + 4096, 64), torch.bfloat16, "sm_90")
+    sizes = (got.flops / 1e9, got.bytes_moved / 1e6, got.bytes_allocated / 1e6)
+    row = f"| `{sparsity_type}` | {len(got.launches)} | " + " | ".join(f"{x:.1f}" for x in sizes) + " |"
+    assert row in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
+
+
+@pytest.mark.parametrize("target", DATA_SHEETS)
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+def test_every_type_and_gpu(sparsity_type, target):
+    got = model(LSGPattern(sparsity_type=sparsity_type), (1, 4, 1 + 1024, 64), torch.float32, target)
+    assert len(got.launches) <= 3
+    assert min(got.compute_us, got.memory_us) > 0
