@@ -87,6 +87,7 @@ class Row:
     num_warps: int
     num_stages: int
     triton: str
+    source: str  # hash of what was compiled, and for what
 
 
 # Instructions of the disassembly: HMMA, HGMMA, ... and MFMA, WMMA; LDGSTS (cp.async) and the bulk copies.
@@ -104,14 +105,17 @@ class Case:
     has_mask: bool
     has_dropout: bool
     target: str
+    block_size: int = 128
+    num_globals: int = 1
 
     def launches(self) -> list[tuple[str, Launch]]:
         """What it launches, each with the name of its variant."""
-        heads, length = 16, 1 + 4096
-        pattern = LSGPattern(sparsity_type=self.sparsity_type)
+        heads, length = 16, self.num_globals + 4096
+        sizes = {"block_size": self.block_size, "sparse_block_size": self.block_size}
+        pattern = LSGPattern(sparsity_type=self.sparsity_type, num_global_tokens=self.num_globals, **sizes)
         # (batch, length, heads, head_dim) in memory, as a projection gives it
         x = torch.empty(2, length, heads, self.head_dim, dtype=self.dtype, device="meta").transpose(1, 2)
-        mask = torch.empty(2, length - 1, dtype=torch.bool, device="meta") if self.has_mask else None
+        mask = torch.empty(2, 4096, dtype=torch.bool, device="meta") if self.has_mask else None
         directions = (torch.empty(heads, self.head_dim, m // 2, device="meta") for m in pattern.lsh_buckets)
         dropout_p, seed = (0.1, 1 << 60) if self.has_dropout else (0.0, 0)
         call = Call(x, x, x, mask, pattern, dropout_p, seed, self.head_dim**-0.5, tuple(directions))
@@ -125,6 +129,7 @@ class Case:
             variant = launch.arguments["V"]
             words.insert(0, variant.sparsity)
             words += ["mask"] * variant.has_mask + ["dropout"] * variant.has_dropout
+        words += [f"B{self.block_size}"] * (self.block_size != 128) + [f"G{self.num_globals}"] * (self.num_globals != 1)
         return " ".join(words)
 
 
@@ -132,7 +137,8 @@ def cases(subset: str, targets: Sequence[str]) -> Iterator[Case]:
     """The calls of a subset.
 
     "quick": bfloat16, head_dim 64, a mask; "ci": all dtypes, and for bfloat16 also dropout; "all": every combination
-    with head_dim 64 and 128, with and without a mask and dropout.
+    with head_dim 64 and 128, with and without a mask and dropout, for the default pattern; and for some of them blocks
+    smaller than a tile, many globals, and head_dim 256.
     """
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     everything = itertools.product(SPARSITY_TYPES, dtypes, (64, 128), (True, False), (False, True), targets)
@@ -144,6 +150,12 @@ def cases(subset: str, targets: Sequence[str]) -> Iterator[Case]:
         if subset == "ci" and not (is_main and (not case.has_dropout or case.dtype == torch.bfloat16)):
             continue
         yield case
+    if subset == "all":
+        others = itertools.product(("norm", "lsh"), (torch.bfloat16, torch.float32), (False, True), targets)
+        for sparsity_type, dtype, has_dropout, target in others:
+            yield Case(sparsity_type, dtype, 64, True, has_dropout, target, block_size=32)
+            yield Case(sparsity_type, dtype, 128, True, has_dropout, target, num_globals=200)
+            yield Case(sparsity_type, dtype, 256, True, has_dropout, target)
 
 
 def source_of(launch: Launch) -> ASTSource:
@@ -157,7 +169,7 @@ def source_of(launch: Launch) -> ASTSource:
             constants[path] = value
             return "constexpr"
         if isinstance(value, tuple):
-            return tuple(describe(x, (*path, i), is_specialized) for i, x in enumerate(value))
+            return tuple(describe(x, (*path, i), True) for i, x in enumerate(value))
         if isinstance(value, float):
             return "fp32"
         if isinstance(value, torch.Tensor) or (is_specialized and value % 16 == 0):
@@ -188,7 +200,9 @@ _TYPES = {
 def compile_row(case: Case, index: int) -> Row | str:
     """Launch number ``index`` of a case compiled, or the error if it does not; from the cache if it is there."""
     variant, launch = case.launches()[index]
-    path = _CACHE / f"{key_of(case, launch)}.json"
+    source = key_of(case, launch)
+    readers = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # what is kept was read by this file
+    path = _CACHE / f"{source[:32]}-{readers[:32]}.json"
     if path.exists():
         return Row(**{**json.loads(path.read_text(encoding="utf-8")), "variant": variant})
     is_cuda = case.target.startswith("sm_")
@@ -212,6 +226,7 @@ def compile_row(case: Case, index: int) -> Row | str:
         num_warps=launch.tuning.num_warps,
         num_stages=launch.tuning.num_stages,
         triton=triton.__version__,
+        source=source,
         **found,
     )
     _CACHE.mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,11 @@
 import triton
 import triton.language as tl
 
-from .primitives import LEAST, head_ptr, is_kept, load_rows, store_rows
+from .primitives import LEAST, head_ptr, is_kept, load_rows, mask_of, store_rows
 
-# Columns of head_dim at a time, where whole rows are not needed at once: keeps tiles of a chunk in registers.
-_COLUMNS = tl.constexpr(16)
+# Columns of head_dim at a time, where whole rows of a chunk would not fit into registers.
+_NORM_COLUMNS = tl.constexpr(64)
+_LSH_COLUMNS = tl.constexpr(16)
 _POOLING_EPS = tl.constexpr(1e-6)
 _LSH_EPS = tl.constexpr(1e-8)
 
@@ -19,29 +20,22 @@ def _locate(programs, num_heads):
 
 
 @triton.jit
-def _kept_tokens(mask_ptr, mask_strides, batch, tokens, inside, V: tl.constexpr):
-    mask_row = (mask_ptr, 0)
-    if V.has_mask:
-        mask_row = (mask_ptr + batch * mask_strides[0], mask_strides[1])
-    return is_kept(mask_row, V.num_globals + tokens, inside, V)
-
-
-@triton.jit
 def _squared_norms(k_ptr, k_strides, tokens, kept, V: tl.constexpr):
     """Squared norms of keys in float32; -1 for padding, and inf for NaN so that any two norms compare."""
     norms = tl.zeros(tokens.shape, tl.float32)
-    for column in tl.range(0, V.head_dim, _COLUMNS):
-        offs_d = column + tl.arange(0, _COLUMNS)
-        k = load_rows(k_ptr, k_strides, V.num_globals + tokens, kept, offs_d, V.head_dim).to(tl.float32)
+    G: tl.constexpr = V.num_globals
+    for column in tl.range(0, V.head_dim, _NORM_COLUMNS):
+        offs_d = column + tl.arange(0, _NORM_COLUMNS)
+        k = load_rows(k_ptr, k_strides, G + tokens, kept, offs_d, V.head_dim).to(tl.float32)
         norms += tl.sum(k * k, 1)
     norms = tl.where(norms == norms, norms, float("inf"))
     return tl.where(kept, norms, -1.0)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_slots"])
+@triton.jit(do_not_specialize=["mask_batch_stride", "num_tokens", "num_slots"])
 def _lsg_norm_kernel(
     k_ptr, mask_ptr, index_ptr,
-    k_strides, mask_strides, num_heads, num_tokens, num_slots,
+    k_strides, mask_batch_stride, mask_stride, num_heads, num_tokens, num_slots,
     V: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Rank BLOCK_C tokens of a chunk by norm: no sort, a rank is the number of tokens of the chunk that beat one.
@@ -49,14 +43,16 @@ def _lsg_norm_kernel(
     Grid: batch * heads * chunks * cdiv(CHUNK, BLOCK_C). Each token of rank below CHUNK // f writes its own element of
     ``index`` (batch, heads, slots) int32, in ascending order of norm: the token, or -1 if it is padding.
     """
+    G: tl.constexpr = V.num_globals
     TILES: tl.constexpr = (CHUNK + BLOCK_C - 1) // BLOCK_C
     CHOSEN: tl.constexpr = CHUNK // V.factor
     batch_head, batch, head, tile = _locate(num_slots // CHOSEN * TILES, num_heads)
+    mask_row = mask_of(mask_ptr, mask_batch_stride, mask_stride, batch, V)
     chunk = tile // TILES
     k_ptr = head_ptr(k_ptr, k_strides, batch, head)
     offs_m = tile % TILES * BLOCK_C + tl.arange(0, BLOCK_C)
     tokens = chunk * CHUNK + offs_m
-    kept = _kept_tokens(mask_ptr, mask_strides, batch, tokens, (offs_m < CHUNK) & (tokens < num_tokens), V)
+    kept = is_kept(mask_row, G + tokens, (offs_m < CHUNK) & (tokens < num_tokens), V)
     norms = _squared_norms(k_ptr, k_strides, tokens, kept, V)
     rank = tl.zeros((BLOCK_C,), tl.int32)
     for start in tl.static_range(0, CHUNK, BLOCK_C):
@@ -65,7 +61,7 @@ def _lsg_norm_kernel(
         if TILES > 1:
             others = chunk * CHUNK + offs_n
             inside = (offs_n < CHUNK) & (others < num_tokens)
-            other_kept = _kept_tokens(mask_ptr, mask_strides, batch, others, inside, V)
+            other_kept = is_kept(mask_row, G + others, inside, V)
             other_norms = _squared_norms(k_ptr, k_strides, others, other_kept, V)
         larger = other_norms[None, :] > norms[:, None]
         earlier = (other_norms[None, :] == norms[:, None]) & (offs_n[None, :] < offs_m[:, None])
@@ -75,11 +71,11 @@ def _lsg_norm_kernel(
     tl.store(index_ptr + batch_head * num_slots + slots, index, mask=(offs_m < CHUNK) & (rank < CHOSEN))
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_slots"])
+@triton.jit(do_not_specialize=["mask_batch_stride", "num_tokens", "num_slots"])
 def _lsg_pool_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, weight_ptr,
     scale_log2,
-    q_strides, k_strides, v_strides, mask_strides, sparse_strides, num_heads, num_tokens, num_slots,
+    q_strides, k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_heads, num_tokens, num_slots,
     V: tl.constexpr, BY_QUERY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Pool BLOCK_N groups of f tokens: their mean, or BY_QUERY, weighted by the first token's softmax over them.
@@ -87,12 +83,14 @@ def _lsg_pool_kernel(
     Grid: batch * heads * cdiv(slots, BLOCK_N). Writes ``sparse_k`` and ``sparse_v`` (batch, heads, slots, head_dim),
     ``index`` (batch, heads, slots) int32 (the slot, or -1 if all of it is padding) and ``weight`` (batch, heads, T).
     """
+    G: tl.constexpr = V.num_globals
     batch_head, batch, head, tile = _locate(tl.cdiv(num_slots, BLOCK_N), num_heads)
+    mask_row = mask_of(mask_ptr, mask_batch_stride, mask_stride, batch, V)
     k_ptr, v_ptr = head_ptr(k_ptr, k_strides, batch, head), head_ptr(v_ptr, v_strides, batch, head)
     offs_n, offs_d = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     inside = offs_n < num_slots
     if BY_QUERY:
-        row = tl.full((1,), V.num_globals, tl.int32)
+        row = tl.full((1,), G, tl.int32)
         q = load_rows(head_ptr(q_ptr, q_strides, batch, head), q_strides, row, row >= 0, offs_d, V.head_dim)
         q = q.to(tl.float32) * scale_log2  # (1, BLOCK_D)
     # 1. How many tokens each group has; of their scores, the maximum and the sum of exponentials.
@@ -100,10 +98,10 @@ def _lsg_pool_kernel(
     top = tl.full((BLOCK_N,), LEAST, tl.float32)
     for member in tl.range(0, V.factor):
         tokens = offs_n * V.factor + member
-        kept = _kept_tokens(mask_ptr, mask_strides, batch, tokens, inside & (tokens < num_tokens), V)
+        kept = is_kept(mask_row, G + tokens, inside & (tokens < num_tokens), V)
         count += kept.to(tl.float32)
         if BY_QUERY:
-            k = load_rows(k_ptr, k_strides, V.num_globals + tokens, kept, offs_d, V.head_dim).to(tl.float32)
+            k = load_rows(k_ptr, k_strides, G + tokens, kept, offs_d, V.head_dim).to(tl.float32)
             score = tl.where(kept, tl.sum(q * k, 1), float("-inf"))
             new_top = tl.maximum(top, score)
             total = total * tl.exp2(top - new_top) + tl.exp2(score - new_top)
@@ -113,9 +111,9 @@ def _lsg_pool_kernel(
     for member in tl.range(0, V.factor):
         tokens = offs_n * V.factor + member
         exists = inside & (tokens < num_tokens)
-        kept = _kept_tokens(mask_ptr, mask_strides, batch, tokens, exists, V)
-        k = load_rows(k_ptr, k_strides, V.num_globals + tokens, kept, offs_d, V.head_dim).to(tl.float32)
-        v = load_rows(v_ptr, v_strides, V.num_globals + tokens, kept, offs_d, V.head_dim).to(tl.float32)
+        kept = is_kept(mask_row, G + tokens, exists, V)
+        k = load_rows(k_ptr, k_strides, G + tokens, kept, offs_d, V.head_dim).to(tl.float32)
+        v = load_rows(v_ptr, v_strides, G + tokens, kept, offs_d, V.head_dim).to(tl.float32)
         if BY_QUERY:
             weight = tl.where(kept, tl.exp2(tl.sum(q * k, 1) - top) / total, 0.0)
         else:
@@ -159,27 +157,29 @@ def _hash(
     if HALF == 0:
         return tl.zeros_like(cluster)
     else:
-        BLOCK_H: tl.constexpr = max(16, triton.next_power_of_2(HALF))
+        G: tl.constexpr = V.num_globals
+        BLOCK_H: tl.constexpr = 16 if HALF < 16 else triton.next_power_of_2(HALF)
         offs_h = tl.arange(0, BLOCK_H)
         products = tl.zeros((tokens.shape[0], BLOCK_H), tl.float32)
         direction_ptr += head * (V.head_dim * HALF)
-        for column in tl.range(0, V.head_dim, _COLUMNS):
-            offs_d = column + tl.arange(0, _COLUMNS)
-            k = load_rows(k_ptr, k_strides, V.num_globals + tokens, kept, offs_d, V.head_dim).to(tl.float32)
+        for column in tl.range(0, V.head_dim, _LSH_COLUMNS):
+            offs_d = column + tl.arange(0, _LSH_COLUMNS)
+            k = load_rows(k_ptr, k_strides, G + tokens, kept, offs_d, V.head_dim).to(tl.float32)
             inside = (offs_d < V.head_dim)[:, None] & (offs_h < HALF)[None, :]
             direction = tl.load(direction_ptr + offs_d[:, None] * HALF + offs_h[None, :], mask=inside, other=0.0)
             products = tl.dot(k, direction, products, input_precision="ieee")
         if CLUSTERED:
             products = _one_hot_dot(cluster[:, None] == cluster[None, :], products)
+        products = tl.where(products == products, products, 0.0)  # NaN would let the maximum be anywhere
         best = tl.argmax(tl.where((offs_h < HALF)[None, :], tl.abs(products), -1.0), 1)
         chosen = tl.sum(tl.where(offs_h[None, :] == best[:, None], products, 0.0), 1)
         return best + HALF * (chosen < 0.0).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_slots"])
+@triton.jit(do_not_specialize=["mask_batch_stride", "num_tokens", "num_slots"])
 def _lsg_lsh_kernel(
     k_ptr, v_ptr, mask_ptr, direction_ptrs, index_ptr, sparse_k_ptr, sparse_v_ptr, slot_ptr, weight_ptr,
-    k_strides, v_strides, mask_strides, sparse_strides, num_heads, num_tokens, num_slots,
+    k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_heads, num_tokens, num_slots,
     V: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Cluster one chunk of tokens by hashing rounds, and average each cluster.
@@ -192,13 +192,15 @@ def _lsg_lsh_kernel(
     (batch, heads, slots) int32 (the slot, or -1 if it has no token), and of each token ``slot`` (batch, heads, T)
     int32 and ``weight`` (batch, heads, T) float32.
     """
+    G: tl.constexpr = V.num_globals
     CLUSTERS: tl.constexpr = CHUNK // V.factor
     batch_head, batch, head, chunk = _locate(num_slots // CLUSTERS, num_heads)
+    mask_row = mask_of(mask_ptr, mask_batch_stride, mask_stride, batch, V)
     k_ptr, v_ptr = head_ptr(k_ptr, k_strides, batch, head), head_ptr(v_ptr, v_strides, batch, head)
     offs_c = tl.arange(0, BLOCK_C)
     tokens = chunk * CHUNK + offs_c
     exists = (offs_c < CHUNK) & (tokens < num_tokens)
-    kept = _kept_tokens(mask_ptr, mask_strides, batch, tokens, exists, V)
+    kept = is_kept(mask_row, G + tokens, exists, V)
     # 1. Hash, round by round.
     cluster = tl.zeros((BLOCK_C,), tl.int32)
     for i in tl.static_range(len(direction_ptrs)):
@@ -219,10 +221,10 @@ def _lsg_lsh_kernel(
     share = (1.0 / (count + _LSH_EPS))[:, None]
     sparse_k_ptr = head_ptr(sparse_k_ptr, sparse_strides, batch, head)
     sparse_v_ptr = head_ptr(sparse_v_ptr, sparse_strides, batch, head)
-    for column in tl.range(0, V.head_dim, _COLUMNS):
-        offs_d = column + tl.arange(0, _COLUMNS)
-        k = load_rows(k_ptr, k_strides, V.num_globals + tokens, kept, offs_d, V.head_dim)
+    for column in tl.range(0, V.head_dim, _LSH_COLUMNS):
+        offs_d = column + tl.arange(0, _LSH_COLUMNS)
+        k = load_rows(k_ptr, k_strides, G + tokens, kept, offs_d, V.head_dim)
         store_rows(sparse_k_ptr, sparse_strides, slots, inside, offs_d, _one_hot_dot(member, k) * share, V.head_dim)
-        v = load_rows(v_ptr, v_strides, V.num_globals + tokens, kept, offs_d, V.head_dim)
+        v = load_rows(v_ptr, v_strides, G + tokens, kept, offs_d, V.head_dim)
         store_rows(sparse_v_ptr, sparse_strides, slots, inside, offs_d, _one_hot_dot(member, v) * share, V.head_dim)
     tl.store(index_ptr + batch_head * num_slots + slots, tl.where(count > 0.0, slots, -1), mask=inside)

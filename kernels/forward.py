@@ -9,6 +9,7 @@ from .primitives import (
     head_ptr,
     is_kept,
     load_rows,
+    mask_of,
     softmax_end,
     softmax_start,
     softmax_step,
@@ -31,7 +32,7 @@ def _find_keys(offs_n, stop, source, KIND: tl.constexpr, V: tl.constexpr):
         return offs_n, inside
     elif KIND == "indexed":
         tokens = tl.load(index_ptr + offs_n, mask=inside, other=-1)
-        return V.num_globals + tokens, tokens >= 0
+        return V.num_globals + tokens, (tokens >= 0) & (tokens < num_tokens)
     else:
         if KIND == "stride":
             tokens = offs_n * V.factor + head % V.factor
@@ -124,14 +125,11 @@ def _attend(
 
 @triton.jit
 def _draws(dropout, batch_head, row_group, num_tokens, columns, BLOCK_M: tl.constexpr, V: tl.constexpr):
-    """What dropout draws with in BLOCK_M rows: seed, threshold, and the first counter of each group of four rows."""
-    if V.has_dropout:
-        seed, threshold = dropout
-        groups = (V.num_globals + 3) // 4 + tl.cdiv(num_tokens, 4)  # of a head: globals and tokens start their own
-        group = batch_head * groups + row_group + tl.arange(0, BLOCK_M // 4)
-        return seed, threshold, group * columns
-    else:
-        return None
+    """What dropout, if there is any, draws with in BLOCK_M rows: seed, threshold, each group of four rows' counter."""
+    seed, threshold = dropout
+    groups = (V.num_globals + 3) // 4 + tl.cdiv(num_tokens, 4)  # of a head: globals and tokens start their own
+    group = batch_head * groups + row_group + tl.arange(0, BLOCK_M // 4)
+    return seed, threshold, group * columns
 
 
 @triton.jit
@@ -144,8 +142,7 @@ def _global_tile(
     q = load_rows(q_ptr, q_strides, offs_m, offs_m < V.num_globals, offs_d, V.head_dim)  # (BLOCK_G, BLOCK_D)
     draws = _draws(dropout, batch_head, first_row // 4, source[3], columns, BLOCK_G, V)
     state = softmax_start(BLOCK_G, BLOCK_D)
-    near = _trim(start, stop, source, "token", V)
-    far = (stop, stop, False)
+    near, far = _trim(start, stop, source, "token", V), (0, 0, False)
     state = _attend(state, q, None, tokens, source, draws, scale_log2, near, far, "token", False, V, BLOCK_N)
     return softmax_end(state, scale_log2)
 
@@ -153,10 +150,11 @@ def _global_tile(
 @triton.jit
 def _token_tile(
     first_row, q_ptr, q_strides, tokens, slots, num_slots, source, dropout, batch_head, columns, scale_log2,
-    V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M tokens from ``first_row`` over all that they see: their output and log-sum-exp."""
     G: tl.constexpr = V.num_globals
+    SPARSITY: tl.constexpr = V.sparsity
     WINDOWED: tl.constexpr = V.block % BLOCK_M != 0
     num_tokens = source[3]
     offs_m, offs_d = first_row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
@@ -167,33 +165,35 @@ def _token_tile(
     state = softmax_start(BLOCK_M, BLOCK_D)
     # 1. The globals.
     if G > 0:
-        near, far = (0, G, V.has_mask), (G, G, False)
-        FEW: tl.constexpr = min(BLOCK_N, max(16, triton.next_power_of_2(G)))
+        near, far = (0, G, V.has_mask), (0, 0, False)
+        FEW: tl.constexpr = BLOCK_G if BLOCK_G < BLOCK_N else BLOCK_N
         state = _attend(state, q, None, tokens, source, draws, scale_log2, near, far, "token", False, V, FEW)
     # 2. The slots left and right of the local windows; between those of several blocks there may be no gap.
-    if V.sparsity != "none":
+    if SPARSITY != "none":
         left_stop = tl.maximum((last - 1) * V.step, 0)
         right_start = tl.maximum((first + 2) * V.step, left_stop)
         right_stop = tl.minimum((last + 2) * V.step + V.reach, num_slots)
-        near = _trim(tl.maximum((first - 1) * V.step - V.reach, 0), left_stop, source, V.sparsity, V)
-        far = _trim(right_start, right_stop, source, V.sparsity, V)
+        near = _trim(tl.maximum((first - 1) * V.step - V.reach, 0), left_stop, source, SPARSITY, V)
+        far = _trim(right_start, right_stop, source, SPARSITY, V)
         state = _attend(
-            state, q, row_block, slots, source, draws, scale_log2, near, far, V.sparsity, WINDOWED, V, BLOCK_N
+            state, q, row_block, slots, source, draws, scale_log2, near, far, SPARSITY, WINDOWED, V, BLOCK_N
         )
     # 3. The local windows.
     start, stop = tl.maximum(first - 1, 0) * V.block, tl.minimum((last + 2) * V.block, num_tokens)
-    near = _trim(G + start, G + stop, source, "token", V)
-    far = (stop, stop, False)
+    near, far = _trim(G + start, G + stop, source, "token", V), (0, 0, False)
     state = _attend(state, q, row_block, tokens, source, draws, scale_log2, near, far, "token", WINDOWED, V, BLOCK_N)
     return softmax_end(state, scale_log2)
 
 
-@triton.jit(do_not_specialize=["seed", "threshold", "num_tokens", "num_slots", "part_size", "num_parts"])
+# What follows from the length is not specialised, or other lengths would compile the kernel again.
+@triton.jit(
+    do_not_specialize=["seed", "threshold", "mask_batch_stride", "num_tokens", "num_slots", "part_size", "num_parts"]
+)
 def _lsg_fwd_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr,
     out_ptr, lse_ptr, part_ptr, part_lse_ptr,
     scale_log2, kept_scale, seed, threshold,
-    q_strides, k_strides, v_strides, mask_strides, sparse_strides, out_strides, part_strides,
+    q_strides, k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, out_strides, part_strides,
     num_heads, num_tokens, num_slots, part_size, num_parts,
     V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -214,9 +214,7 @@ def _lsg_fwd_kernel(
     q_ptr = head_ptr(q_ptr, q_strides, batch, head)
     tokens = (head_ptr(k_ptr, k_strides, batch, head), head_ptr(v_ptr, v_strides, batch, head), k_strides, v_strides)
     slots = tokens
-    mask_row = (mask_ptr, 0)
-    if V.has_mask:
-        mask_row = (mask_ptr + batch * mask_strides[0], mask_strides[1])
+    mask_row = mask_of(mask_ptr, mask_batch_stride, mask_stride, batch, V)
     if V.sparsity == "indexed" or V.sparsity == "compressed":
         index_ptr += batch_head * num_slots
     if V.sparsity == "compressed":
@@ -246,7 +244,7 @@ def _lsg_fwd_kernel(
         row = (program - global_programs) * BLOCK_M
         out, lse = _token_tile(
             row, q_ptr, q_strides, tokens, slots, num_slots, source, dropout, batch_head, columns, scale_log2,
-            V, BLOCK_M, BLOCK_N, BLOCK_D,
+            V, BLOCK_M, BLOCK_N, BLOCK_G, BLOCK_D,
         )  # fmt: skip
         offs_m = V.num_globals + row + tl.arange(0, BLOCK_M)
         out_ptr = head_ptr(out_ptr, out_strides, batch, head)

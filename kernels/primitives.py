@@ -39,10 +39,19 @@ def store_rows(ptr, strides, rows, inside, offs_d, tile, HEAD_DIM: tl.constexpr)
 
 
 @triton.jit
+def mask_of(mask_ptr, batch_stride, stride, batch, V: tl.constexpr):
+    """Pointer and stride of the mask's row of one batch entry."""
+    if V.has_mask:
+        return mask_ptr + batch.to(tl.int64) * batch_stride, stride
+    else:
+        return mask_ptr, 0
+
+
+@triton.jit
 def is_kept(mask_row, positions, inside, V: tl.constexpr):
     """Which positions of the sequence are tokens, of those ``inside`` it.
 
-    ``mask_row``: pointer and stride of the mask's row, whose first column is position ``V.mask_first``.
+    ``mask_row``: from :func:`mask_of`; the row's first column is position ``V.mask_first``.
     """
     if V.has_mask:
         ptr, stride = mask_row
@@ -71,7 +80,8 @@ def softmax_step(state, scores, v, keeps, scale_log2):
     acc, row_max, row_sum = state
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     rescale = tl.exp2((row_max - new_max) * scale_log2)
-    probs = tl.exp2(scores * scale_log2 - (new_max * scale_log2)[:, None])
+    shift = tl.maximum(new_max * scale_log2, LEAST)  # a large scale would take LEAST to -inf
+    probs = tl.exp2(scores * scale_log2 - shift[:, None])
     row_sum = row_sum * rescale + tl.sum(probs, 1)
     if keeps is not None:
         probs = tl.where(keeps, probs, 0.0)

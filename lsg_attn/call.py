@@ -87,6 +87,10 @@ _SPARSITY = {
 }
 
 
+# Blocks and reaches of this many tokens are longer than any sequence, and what is added to them stays below 2^31.
+_FAR = 1 << 29
+
+
 def variant_of(call: Call) -> Variant:
     """What the kernels of ``call`` are compiled for."""
     pattern, mask = call.pattern, call.attention_mask
@@ -94,9 +98,9 @@ def variant_of(call: Call) -> Variant:
     return Variant(
         sparsity=_SPARSITY[call.compression],
         num_globals=pattern.num_global_tokens,
-        block=pattern.block_size,
+        block=min(pattern.block_size, _FAR),
         step=pattern.step if sparse else 0,
-        reach=pattern.sparse_block_size if sparse else 0,
+        reach=min(pattern.sparse_block_size, _FAR) if sparse else 0,
         factor=pattern.sparsity_factor if sparse else 0,
         head_dim=call.query.shape[3],
         has_mask=mask is not None,

@@ -47,7 +47,9 @@ def lsg_attention(
             even where that is padding.
             A query that sees nothing gives 0.
         dropout_p: probability, in [0, 1), that an attention probability is zeroed; the rest is scaled by 1/(1-p).
-            It applies whenever it is not 0: pass 0 in evaluation. Seeded by ``torch.manual_seed``.
+            It applies whenever it is not 0: pass 0 in evaluation. Seeded by ``torch.manual_seed``; from one seed,
+            implementations draw different masks, and until the kernels have a backward ``"auto"`` leaves dropout to
+            ``"torch"``.
         scale: factor of the scores (those of ``bos_pooling`` too); ``1/sqrt(head_dim)`` by default.
         implementation: ``"triton"`` (fused kernels, on CUDA and ROCm devices, forward only in this version),
             ``"torch"`` (block-wise), ``"reference"`` (a dense mask: slow, memory quadratic in length), or ``"auto"``,
@@ -56,8 +58,9 @@ def lsg_attention(
             the round's m = ``pattern.lsh_buckets[i]`` buckets, instead of those of ``pattern.lsh_seed``.
 
     Returns:
-        (batch, heads, G+T, head_dim), of query's dtype, also under autocast. In float16 and bfloat16 scores and
-        probabilities are rounded to that dtype, as in the plain computation.
+        (batch, heads, G+T, head_dim), of query's dtype, also under autocast. In float16 and bfloat16 ``"torch"`` and
+        ``"reference"`` round scores and probabilities to that dtype, as the plain computation does; ``"triton"`` only
+        the probabilities.
 
     Raises:
         TypeError: an argument is not of the type named above.
@@ -84,7 +87,7 @@ def lsg_attention(
             stacklevel=2,
         )
     if implementation in ("auto", "triton"):
-        implementation = _choose(implementation, query, key, value, pattern, scale)
+        implementation = _choose(implementation, query, key, value, pattern, dropout_p, scale)
     if implementation == "operator":
         return fused_attention(query, key, value, attention_mask, pattern, dropout_p, scale, projections)
     with torch.autocast(query.device.type, enabled=False):  # the inputs' dtype is what is asked for
@@ -105,14 +108,17 @@ def check_implementation(implementation: str) -> None:
         raise ValueError(f"implementation: expected 'auto', 'triton', 'torch' or 'reference', got {implementation!r}")
 
 
-def _choose(implementation: str, query: Tensor, key: Tensor, value: Tensor, pattern: LSGPattern, scale: float) -> str:
+def _choose(
+    implementation: str, query: Tensor, key: Tensor, value: Tensor, pattern: LSGPattern, dropout_p: float, scale: float
+) -> str:
     """What "auto" and "triton" come to: "operator", or "torch" where "auto" has to do without the kernels."""
     reasons = obstacles(query, key, value, pattern, scale)
     if reasons and implementation == "triton":
         raise ValueError(f"implementation='triton' can not run: {'; '.join(reasons)}; use 'auto' or 'torch'")
     if torch.compiler.is_compiling() and not query.is_cuda and not wants_gradient(query, key, value):
         return "operator"  # runs the block-wise code on a CPU; one node of a graph, where that would be many
-    return "torch" if reasons else "operator"
+    # Reentrant checkpointing runs without gradients first, and again with them: both must drop the same.
+    return "torch" if reasons or (implementation == "auto" and dropout_p) else "operator"
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

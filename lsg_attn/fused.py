@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from .blockwise import blockwise_attention
 from .call import Call, allocate
@@ -60,8 +61,11 @@ def obstacles(query: Tensor, key: Tensor, value: Tensor, pattern: LSGPattern, sc
 
 
 def wants_gradient(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether autograd will ask for the gradient of a call with these inputs."""
-    return torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    """Whether autograd, in reverse or forward mode, will ask for a gradient of a call with these inputs."""
+    inputs = query, key, value
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        return True
+    return not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in inputs)
 
 
 def fused_attention(
@@ -69,7 +73,7 @@ def fused_attention(
     scale: float, projections: tuple[Tensor, ...] | None,
 ) -> Tensor:  # fmt: skip
     """LSG attention by the operator; arguments as :func:`lsg_attn.lsg_attention` checked them, without obstacles."""
-    # On the CPU, so that its value reaches the launch without waiting for the device.
+    # On the CPU, so that its value reaches the launch without waiting for the device; a CUDA graph keeps it.
     seed = torch.randint(1 << 62, (), device="cpu") if dropout_p else None
     out: Tensor = torch.ops.lsg_attn.attention(
         query, key, value, attention_mask, seed, list(projections or ()), dropout_p, scale, *_fields(pattern)

@@ -18,7 +18,7 @@ from .kernels.forward import _lsg_fwd_combine_kernel, _lsg_fwd_kernel
 from .kernels.schedules import COMBINE, NORM, POOL, Tuning, forward_schedule, lsh_tuning, target_of
 
 # Positions that a program of the global queries attends to, for each tile of them: about what a tile of tokens sees.
-# More tiles get longer parts, so that parts never take more memory than a quarter of the keys in 16 bits.
+# More tiles get longer parts, so that the parts of a long sequence take at most half its 16-bit keys' memory.
 _PART = 512
 # Tokens that are ranked, groups that are pooled, and parts that are combined at a time.
 _RANKED, _POOLED, _COMBINED = 128, 32, 32
@@ -26,7 +26,7 @@ _RANKED, _POOLED, _COMBINED = 128, 32, 32
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, its arguments by name, and how many programs of it to run. Tensors that are not run may be meta."""
+    """A kernel, its arguments by name, and how many programs of it to run. Tensors may be meta if it is not run."""
 
     kernel: Any  # a triton JITFunction
     programs: int
@@ -156,7 +156,8 @@ def _inputs(call: Call) -> dict[str, Any]:
         "mask_ptr": mask,
         "k_strides": call.key.stride(),
         "v_strides": call.value.stride(),
-        "mask_strides": None if mask is None else mask.stride(),
+        "mask_batch_stride": None if mask is None else mask.stride(0),
+        "mask_stride": None if mask is None else mask.stride(1),
         "num_heads": call.query.shape[1],
         "num_tokens": call.num_tokens,
         "num_slots": call.num_slots,

@@ -1,10 +1,13 @@
 """The Triton implementation without a GPU: what stands in its way, and its operator, which runs on a CPU too."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
 from lsg_attn.call import Call, allocate
+from lsg_attn.functional import _choose
 from lsg_attn.fused import _fields, obstacles
 from lsg_attn.testing import assert_close, make_inputs
 
@@ -37,7 +40,7 @@ def arguments(pattern, dropout_p=0.0, scale=0.3):
     ],
 )
 def test_obstacles(change, reason, monkeypatch):
-    """Each is named, alone; and with `auto` it is no error."""
+    """Each is named, alone."""
     case = {"dtype": torch.float16, "head_dim": 64, "pattern": LSGPattern(), "scale": 1.0, "requires_grad": False}
     case |= {"capability": (8, 0), "has_triton": True}
     case |= change
@@ -49,10 +52,32 @@ def test_obstacles(change, reason, monkeypatch):
     assert reason in got
 
 
-def test_nothing_stands_in_the_way(monkeypatch):
+def test_what_dispatch_chooses_on_a_gpu(monkeypatch):
+    """The kernels where nothing stands in their way; but "auto" leaves dropout to PyTorch, as they have no backward."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     x = torch.zeros(1, 1, 10, 64, dtype=torch.bfloat16).as_subclass(OnAGPU)
     assert obstacles(x, x, x, LSGPattern(), 0.125) == []
+    choices = {
+        (name, dropout_p): _choose(name, x, x, x, LSGPattern(), dropout_p, 0.125)
+        for name in ("auto", "triton")
+        for dropout_p in (0.0, 0.1)
+    }
+    assert choices.pop(("auto", 0.1)) == "torch"
+    assert set(choices.values()) == {"operator"}
+    assert _choose("auto", x, x, x, LSGPattern(), 0.0, -1.0) == "torch"
+
+
+def test_forward_mode_gradients_are_an_obstacle_too():
+    x = torch.zeros(1, 1, 10, 64)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        assert any("a gradient is asked for" in reason for reason in obstacles(x, dual, x, LSGPattern(), 1.0))
+        assert not any("gradient" in reason for reason in obstacles(x, x, x, LSGPattern(), 1.0))
+
+
+def test_operator_takes_the_fields_of_a_pattern_in_order():
+    pattern = LSGPattern(24, 12, 3, "lsh", 5, 2, 7)
+    assert _fields(pattern) == dataclasses.astuple(pattern)
 
 
 def test_triton_on_a_cpu_says_why_not_and_what_to_use():

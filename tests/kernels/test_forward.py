@@ -7,7 +7,9 @@ import pytest
 import torch
 from running import DEVICE, forward, to_double
 
-from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
+from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention, plan
+from lsg_attn.compression import Tokens, compress, lsh_directions
+from lsg_attn.reference import visible_slots, visible_tokens
 from lsg_attn.testing import TOLERANCES, Inputs, assert_close, make_inputs
 
 RECORDINGS = sorted((Path(__file__).parents[1] / "goldens/attention").glob("*.npz"))
@@ -41,12 +43,33 @@ def reference(inputs, pattern, **options):
     return lsg_attention(query, key, value, pattern, mask, implementation="reference", **options)
 
 
-def check(inputs, pattern):
+def reference_lse(inputs, pattern, directions, scale):
+    """The log-sum-exp of each query's scores, +inf where it sees nothing."""
+    query, key, _, _, mask = to_double(inputs)
+    first, length = pattern.num_global_tokens, query.shape[2]
+    tokens = Tokens(query[:, :, first:], key[:, :, first:], mask[:, first:], scale, [x.double() for x in directions])
+    visible = visible_tokens(pattern, length) & mask[:, None, None, :]
+    if (compression := compress(pattern, tokens)) is not None:
+        slots = visible_slots(pattern, length) & compression.keep.unsqueeze(-2)
+        visible = torch.cat([visible.expand(*slots.shape[:-1], -1), slots], -1)
+        key = torch.cat([key, compression.apply(key[:, :, first:])], -2)
+    lse = (query @ key.mT * scale).masked_fill(~visible, -torch.inf).logsumexp(-1)
+    return lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
+def check(inputs, pattern, scale=None):
     """Rows of padding, whose queries are garbage too, need only be finite."""
+    heads, head_dim = inputs.query.shape[1], inputs.query.shape[3]
+    scale = head_dim**-0.5 if scale is None else scale
     rows = inputs.attention_mask[:, None, :, None]
-    got = forward(inputs, pattern).out.cpu()
-    assert got.isfinite().all()
-    assert_close("out", got * rows, reference(inputs, pattern) * rows, TOLERANCES[got.dtype])
+    results = forward(inputs, pattern, scale=scale)
+    out, lse = results.out.cpu(), results.lse.cpu()
+    assert out.isfinite().all()
+    assert_close("out", out * rows, reference(inputs, pattern, scale=scale) * rows, TOLERANCES[out.dtype])
+    expected = reference_lse(inputs, pattern, lsh_directions(pattern, heads, head_dim), scale)
+    assert torch.equal(lse.isinf(), expected.isinf())
+    seen = rows[..., 0] & expected.isfinite()
+    assert_close("lse", lse.where(seen, 0.0), expected.where(seen, 0.0), TOLERANCES[out.dtype])
 
 
 @pytest.mark.parametrize(("sparsity_type", "dtype", "tokens", "head_dim", "num_globals", "padding"), CASES)
@@ -97,21 +120,22 @@ def test_recording(path):
     assert_close("out", forward(inputs, pattern, directions=rounds).out.cpu(), torch.from_numpy(arrays["out"]))
 
 
-@pytest.mark.parametrize("head_dim", [16, 200, 256])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(1, torch.float16), (16, torch.float32), (200, torch.bfloat16), (256, torch.float16), (256, torch.float32)],
+)
 def test_head_dims(head_dim, dtype):
-    check(
-        make_inputs(1, 2, 1 + 100, head_dim, dtype, "right", garbage=1e3, num_kept=2), LSGPattern(16, 16, 4, "pooling")
-    )
+    inputs = make_inputs(1, 2, 1 + 100, head_dim, dtype, "right", garbage=1e3, num_kept=2)
+    check(inputs, LSGPattern(16, 16, 4, "pooling"))
 
 
 def test_masks():
     """Of the tokens or of all positions, of any integer type and strides, and none where all are tokens."""
     pattern = LSGPattern(16, 16, 4, "stride", 3)
-    inputs = make_inputs(2, 2, 3 + 90, 16, padding="random", num_kept=3)
+    inputs = make_inputs(2, 1, 3 + 60, 16, padding="random", num_kept=3)
     mask = inputs.attention_mask
     expected = forward(inputs, pattern).out
-    wide = torch.zeros(2, 93, 2, dtype=torch.int64)
+    wide = torch.zeros(2, 63, 2, dtype=torch.int64)
     wide[..., 0] = mask * 7
     for same in (mask[:, 3:], mask.int(), wide[..., 0], mask.t().contiguous().t()):
         assert torch.equal(forward(inputs, pattern, attention_mask=same.to(DEVICE)).out, expected)
@@ -137,17 +161,16 @@ def test_strides():
     assert expected.transpose(1, 2).is_contiguous()
 
 
-def test_scale_and_log_sum_exp():
-    """Of plain attention, which T <= 2B is."""
-    inputs = make_inputs(2, 2, 5 + 32, 16, padding="right", num_kept=1)
-    query, key, _, _, mask = to_double(inputs)
-    for scale in (1.7, 1e-3):
-        results = forward(inputs, LSGPattern(16, num_global_tokens=5), scale=scale)
-        scores = (query @ key.mT * scale).masked_fill(~mask[:, None, None, :], -torch.inf)
-        assert_close("lse", results.lse.cpu(), scores.logsumexp(-1), 1e-6)
-        assert_close(
-            "out", results.out.cpu(), reference(inputs, LSGPattern(16, num_global_tokens=5), scale=scale), 1e-5
-        )
+@pytest.mark.parametrize("scale", [1e-3, 1.7, 40.0])
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_scales(scale, padding):
+    """Without globals, so that some rows see nothing of the first tiles."""
+    check(make_inputs(1, 2, 130, 16, padding=padding, garbage=1e3), LSGPattern(16, 16, 4, "stride", 0), scale=scale)
+
+
+@pytest.mark.parametrize("sizes", [(1 << 30, 0, 0, "none"), (16, (1 << 31) - 1, 4, "pooling")])
+def test_sizes_that_mean_no_limit(sizes):
+    check(make_inputs(1, 1, 1 + 59, 16), LSGPattern(*sizes))
 
 
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
@@ -173,17 +196,42 @@ def test_nothing_or_globals_alone(shape):
     assert_close("out", forward(inputs, pattern).out.cpu(), reference(inputs, pattern), 1e-5)
 
 
-def test_many_parts_of_the_global_queries():
-    """More parts than the combine takes at once, and one that sees nothing."""
-    inputs = make_inputs(1, 1, 2 + 40 * 512, 16)
-    inputs.attention_mask[:, 512 * 7 : 512 * 9] = False
-    pattern = LSGPattern(128, num_global_tokens=2, sparsity_type="none")
-    query, key, value, _, mask = to_double(inputs)
-    expected = torch.nn.functional.scaled_dot_product_attention(query[:, :, :2], key, value, mask[:, None, None, :])
-    assert_close("out", forward(inputs, pattern).out[:, :, :2].cpu(), expected, 1e-5)
+def test_many_parts_of_the_global_queries(monkeypatch):
+    """More parts than the combine takes at once, and some that see nothing."""
+    monkeypatch.setattr(plan, "_PART", 16)
+    inputs = make_inputs(1, 2, 2 + 40 * 16, 16)
+    inputs.attention_mask[:, 16 * 7 : 16 * 9] = False
+    check(inputs, LSGPattern(64, num_global_tokens=2, sparsity_type="none"))
 
 
-@pytest.mark.parametrize("sparsity_type", ["norm", "stride", "pooling"])
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+def test_as_callers_call_it(sparsity_type):
+    """By lsg_attention, whose "auto" takes the kernels."""
+    pattern = LSGPattern(16, 16, 4, sparsity_type, 3, lsh_seed=5)
+    inputs = make_inputs(2, 2, 3 + 90, 16, torch.float16, "right", num_kept=3)
+    query, key, value, _, mask = (x.to(DEVICE) for x in inputs)
+    got = lsg_attention(query, key, value, pattern, mask, scale=0.4)
+    assert torch.equal(got, forward(inputs, pattern, scale=0.4).out)
+    assert_close("out", got.cpu(), reference(inputs, pattern, scale=0.4))
+
+
+def test_dropout_as_callers_call_it():
+    """Seeded by torch.manual_seed."""
+    pattern = LSGPattern(16, num_global_tokens=3)
+    inputs = make_inputs(1, 2, 3 + 60, 16)
+    query, key, value = (x.to(DEVICE) for x in inputs[:3])
+
+    def drop(seed):
+        torch.manual_seed(seed)
+        return lsg_attention(query, key, value, pattern, dropout_p=0.5, implementation="triton")
+
+    torch.manual_seed(1)
+    seed = int(torch.randint(1 << 62, ()))
+    assert torch.equal(drop(1), forward(inputs, pattern, attention_mask=None, dropout_p=0.5, seed=seed).out)
+    assert not torch.equal(drop(1), drop(2))
+
+
+@pytest.mark.parametrize("sparsity_type", ["norm", "pooling"])
 def test_the_same_bits_again(sparsity_type):
     inputs = make_inputs(2, 2, 3 + 150, 16, torch.float16, padding="random")
     first, again = (

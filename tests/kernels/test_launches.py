@@ -10,6 +10,7 @@ from lsg_attn.plan import Launch
 from lsg_attn.testing import make_inputs
 
 LAUNCHES = {"none": 1, "stride": 1, "block_stride": 1, "norm": 2, "pooling": 2, "bos_pooling": 2, "lsh": 2}
+READ = "aten::_local_scalar_dense"  # of item(), int() and the like
 # Operators that neither run on a device nor wait for one.
 FREE = {"aten::new_empty", "aten::empty", "aten::transpose.int", "aten::detach", "aten::alias"}
 
@@ -34,20 +35,22 @@ def launched(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize("num_globals", [0, 3])
+@pytest.mark.parametrize(("num_globals", "dropout_p"), [(0, 0.0), (3, 0.0), (3, 0.1)])
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
-def test_launches(sparsity_type, num_globals, launched):
+def test_launches(sparsity_type, num_globals, dropout_p, launched):
     """At most three: a compression, the attention, a combine of the global queries. PyTorch itself runs nothing."""
     pattern = LSGPattern(16, 16, 4, sparsity_type, num_globals)
     query, key, value, _, mask = (x.to(DEVICE) for x in make_inputs(2, 4, num_globals + 90, 16))
-    arguments = (query, key, value, mask[:, num_globals:], None, [], 0.0, 0.25, *fused._fields(pattern))
+    seed = torch.tensor(5) if dropout_p else None  # on the CPU: reading it waits for no device
+    arguments = (query, key, value, mask[:, num_globals:], seed, [], dropout_p, 0.25, *fused._fields(pattern))
     fused._attention(*arguments)  # lsh's directions are drawn once
     launched.clear()
     with torch._C.DisableTorchFunction(), Recorder() as recorder:  # ttsem fills new memory by such a function
         fused._attention(*arguments)
     assert len(launched) == LAUNCHES[sparsity_type] + (num_globals > 0) <= 3
     assert launched[-1 - (num_globals > 0)] == "_lsg_fwd_kernel"
-    assert set(recorder.names) <= FREE
+    assert recorder.names.count(READ) == (seed is not None)
+    assert set(recorder.names) - {READ} <= FREE
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
