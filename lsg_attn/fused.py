@@ -17,6 +17,7 @@ from .masking import full_mask
 from .pattern import LSGPattern
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_LEAST_CAPABILITY = (8, 0)
 _MOST_HEAD_DIM = 256
 _MOST_GLOBALS = 512
 _MOST_HASHED = 128
@@ -30,34 +31,27 @@ _HAS_TRITON = find_spec("triton") is not None
 
 def obstacles(query: Tensor, key: Tensor, value: Tensor, pattern: LSGPattern, scale: float) -> list[str]:
     """Why the kernels can not run on these checked arguments; empty if they can."""
-    head_dim = query.shape[-1]
-    checks = (
-        (query.is_cuda, f"the tensors are on device {query.device}, the kernels need a CUDA or ROCm device"),
-        (_HAS_TRITON, "triton is not installed"),
-        (
-            not query.is_cuda
-            or torch.version.hip is not None
-            or torch.cuda.get_device_capability(query.device) >= (8, 0),
-            "the GPU's compute capability is below 8.0",
-        ),
-        (query.dtype in _DTYPES, f"the dtype is {query.dtype}, the kernels take float16, bfloat16 and float32"),
-        (head_dim <= _MOST_HEAD_DIM, f"head_dim is {head_dim}, the kernels take up to {_MOST_HEAD_DIM}"),
-        (
-            pattern.num_global_tokens <= _MOST_GLOBALS,
-            f"num_global_tokens is {pattern.num_global_tokens}, the kernels take up to {_MOST_GLOBALS}",
-        ),
-        (
-            pattern.compression != "lsh" or pattern.chunk <= _MOST_HASHED,
-            f"lsh hashes chunks of min(block_size, sparse_block_size) = {pattern.chunk} tokens, the kernels up to "
-            f"{_MOST_HASHED}",
-        ),
-        (scale > 0, f"scale is {scale}, the kernels take one above 0"),
-        (
-            not wants_gradient(query, key, value),
-            "a gradient is asked for, and this version's kernels have no backward",
-        ),
-    )
-    return [reason for holds, reason in checks if not holds]
+    reasons = []
+    if not query.is_cuda:
+        reasons.append(f"the tensors are on device {query.device}, the kernels need a CUDA or ROCm device")
+    elif torch.version.hip is None and torch.cuda.get_device_capability(query.device) < _LEAST_CAPABILITY:
+        reasons.append(f"the GPU's compute capability is below {_LEAST_CAPABILITY}")
+    if not _HAS_TRITON:
+        reasons.append("triton is not installed")
+    if query.dtype not in _DTYPES:
+        reasons.append(f"the dtype is {query.dtype}, the kernels take float16, bfloat16 and float32")
+    if query.shape[-1] > _MOST_HEAD_DIM:
+        reasons.append(f"head_dim is {query.shape[-1]}, the kernels take up to {_MOST_HEAD_DIM}")
+    if pattern.num_global_tokens > _MOST_GLOBALS:
+        reasons.append(f"num_global_tokens is {pattern.num_global_tokens}, the kernels take up to {_MOST_GLOBALS}")
+    if pattern.compression == "lsh" and pattern.chunk > _MOST_HASHED:
+        chunk = f"min(block_size, sparse_block_size) = {pattern.chunk}"
+        reasons.append(f"lsh hashes chunks of {chunk} tokens, the kernels up to {_MOST_HASHED}")
+    if scale <= 0:
+        reasons.append(f"scale is {scale}, the kernels take one above 0")
+    if wants_gradient(query, key, value):
+        reasons.append("a gradient is asked for, and this version's kernels have no backward")
+    return reasons
 
 
 def wants_gradient(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -127,10 +121,8 @@ def _directions(pattern: LSGPattern, projections: list[Tensor], query: Tensor) -
     return tuple(x.to(torch.float32).contiguous() for x in projections)
 
 
-@lru_cache(maxsize=32)
-def _seeded_directions(
-    pattern: LSGPattern, heads: int, head_dim: int, device: torch.device
-) -> tuple[Tensor, ...]:  # copied to the device once, as that waits for it
+@lru_cache(maxsize=32)  # the copy waits for the device
+def _seeded_directions(pattern: LSGPattern, heads: int, head_dim: int, device: torch.device) -> tuple[Tensor, ...]:
     return tuple(x.to(device) for x in lsh_directions(pattern, heads, head_dim))
 
 

@@ -25,8 +25,8 @@ class LSGAttention(nn.Module):
 
     Raises:
         TypeError: an argument is not of the type named above.
-        ValueError: a number is out of range, ``embed_dim`` is not a multiple of ``num_heads``, or the implementation
-            can not run.
+        ValueError: a number is out of range, ``embed_dim`` is not a multiple of ``num_heads``, or there is no such
+            implementation.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class LSGAttention(nn.Module):
         Raises:
             TypeError: ``hidden_states`` is not a tensor.
             ValueError: ``hidden_states`` has another shape, or the parameters' dtype (but under autocast) or device
-                is another, or the mask does not fit.
+                is another, the mask does not fit, or the implementation can not run.
         """
         self._check_input(hidden_states)
         query, key, value = self.project(hidden_states)

@@ -35,7 +35,7 @@ def arguments(pattern, dropout_p=0.0, scale=0.3):
         ({"pattern": LSGPattern(256, 256, 2, "lsh")}, "= 256 tokens, the kernels up to 128"),
         ({"scale": 0.0}, "scale is 0.0, the kernels take one above 0"),
         ({"requires_grad": True}, "a gradient is asked for"),
-        ({"capability": (7, 5)}, "compute capability is below 8.0"),
+        ({"capability": (7, 5)}, "compute capability is below (8, 0)"),
         ({"has_triton": False}, "triton is not installed"),
     ],
 )
