@@ -28,7 +28,7 @@ format: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python -m bench.cpu
 
-$(VENV)/ready: setup.py pyproject.toml constraints.txt
+$(VENV)/ready: Makefile setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"

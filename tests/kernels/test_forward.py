@@ -132,13 +132,13 @@ def test_head_dims(head_dim, dtype):
 def test_masks():
     """Of the tokens or of all positions, of any integer type and strides, and none where all are tokens."""
     pattern = LSGPattern(16, 16, 4, "stride", 3)
-    inputs = make_inputs(2, 1, 3 + 60, 16, padding="random", num_kept=3)
+    inputs = Inputs(*(x.to(DEVICE) for x in make_inputs(2, 1, 3 + 60, 16, padding="random", num_kept=3)))
     mask = inputs.attention_mask
     expected = forward(inputs, pattern).out
-    wide = torch.zeros(2, 63, 2, dtype=torch.int64)
+    wide = torch.zeros(2, 63, 2, dtype=torch.int64, device=DEVICE)
     wide[..., 0] = mask * 7
     for same in (mask[:, 3:], mask.int(), wide[..., 0], mask.t().contiguous().t()):
-        assert torch.equal(forward(inputs, pattern, attention_mask=same.to(DEVICE)).out, expected)
+        assert torch.equal(forward(inputs, pattern, attention_mask=same).out, expected)
     ones = inputs._replace(attention_mask=torch.ones_like(mask))
     assert_close("out", forward(inputs, pattern, attention_mask=None).out.cpu(), reference(ones, pattern), 1e-5)
 
@@ -146,7 +146,8 @@ def test_masks():
 def test_strides():
     """The (batch, length, heads, head_dim) memory of a projection, one query for all heads, columns of a matrix."""
     pattern = LSGPattern(16, 16, 4, "pooling", 3)
-    inputs = make_inputs(2, 2, 3 + 90, 16, padding="right")
+    # on the device before they get their strides, as a copy to it would not keep them
+    inputs = Inputs(*(x.to(DEVICE) for x in make_inputs(2, 2, 3 + 90, 16, padding="right")))
     expected = forward(inputs, pattern).out
     query, key, value = inputs[:3]
     strided = (
