@@ -52,6 +52,9 @@ _SMALL = _AMPERE | {  # 99 KB of shared memory in a block
     (128, False): Schedule(64, 32, Tuning(4, 2)),
     (128, True): Schedule(64, 32, Tuning(4, 2)),
 }
+_SMALL_BLACKWELL = _SMALL | {
+    (64, False): Schedule(128, 64, Tuning(8, 2)),  # 4 warps spill 124 bytes
+}
 _AMD = _SMALL | {  # 64 KB of it
     (64, False): Schedule(64, 64, Tuning(4, 2)),
     (64, True): Schedule(64, 64, Tuning(4, 2)),
@@ -62,7 +65,7 @@ _FLOAT32 = {
     (64, False): Schedule(64, 32, Tuning(8, 2)),
     (64, True): Schedule(64, 32, Tuning(8, 2)),
     (128, False): Schedule(32, 32, Tuning(8, 2)),
-    (128, True): Schedule(32, 32, Tuning(8, 2)),
+    (128, True): Schedule(32, 16, Tuning(8, 2)),  # 32 keys spill 600 bytes
     (256, False): Schedule(16, 16, Tuning(4, 2)),
     (256, True): Schedule(16, 16, Tuning(4, 2)),
 }
@@ -111,4 +114,4 @@ def _rows_of(target: str, is_float32: bool) -> dict[tuple[int, bool], Schedule]:
         return _HOPPER
     if 100 <= capability < 120:
         return _BLACKWELL
-    return _SMALL  # also what is not known: it fits everywhere
+    return _SMALL_BLACKWELL if capability >= 120 else _SMALL  # fits what is not known here, too
