@@ -6,6 +6,15 @@ from hypothesis import strategies as st
 from lsg_attn import SPARSITY_TYPES, LSGPattern
 from lsg_attn.testing import PADDINGS
 
+# (tokens, head_dim, num_global_tokens, padding) for blocks of B = 32: T = 1, 2B-1, 2B, 2B+1, 7B-3, 9B
+AWKWARD_SHAPES = [
+    (1, 24, 0, "none"),
+    (63, 64, 1, "right"),
+    (64, 80, 17, "left"),
+    (65, 40, 130, "middle"),
+    (7 * 32 - 3, 128, 1, "random"),
+    (9 * 32, 64, 17, "right"),
+]
 IMPLEMENTATIONS = ("reference", "torch")
 HEADS = 3
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import HEADS, IMPLEMENTATIONS, cases
+from strategies import AWKWARD_SHAPES, HEADS, IMPLEMENTATIONS, cases
 
 from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
 from lsg_attn.testing import PADDINGS, Inputs, assert_close, make_inputs, relative_rms, run_attention, run_reference
@@ -36,19 +36,8 @@ def test_torch_equals_reference(case):
 
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    ("tokens", "head_dim", "num_global_tokens", "padding"),
-    [
-        (1, 24, 0, "none"),
-        (63, 64, 1, "right"),
-        (64, 80, 17, "left"),
-        (65, 40, 130, "middle"),
-        (7 * 32 - 3, 128, 1, "random"),
-        (9 * 32, 64, 17, "right"),
-    ],
-)
+@pytest.mark.parametrize(("tokens", "head_dim", "num_global_tokens", "padding"), AWKWARD_SHAPES)
 def test_error_in_each_dtype(sparsity_type, dtype, tokens, head_dim, num_global_tokens, padding):
-    """B = 32: T = 1, 2B-1, 2B, 2B+1, 7B-3, 9B."""
     pattern = LSGPattern(32, 32, 4, sparsity_type, num_global_tokens)
     inputs = make_inputs(
         2, 4, tokens + num_global_tokens, head_dim, dtype, padding, garbage=1e3, num_kept=num_global_tokens + 1

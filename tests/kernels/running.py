@@ -4,8 +4,9 @@ import torch
 
 from lsg_attn import plan
 from lsg_attn.call import Call, allocate
-from lsg_attn.compression import lsh_directions
+from lsg_attn.compression import Tokens, compress, lsh_directions
 from lsg_attn.kernels.schedules import target_of
+from lsg_attn.reference import visible_slots, visible_tokens
 from lsg_attn.testing import Inputs
 
 DEVICE = torch.device("cuda")
@@ -36,3 +37,19 @@ def forward(inputs, pattern, attention_mask="inputs", dropout_p=0.0, seed=0, sca
 def to_double(inputs):
     """The inputs in float64, on the CPU."""
     return Inputs(*(x.cpu().double() for x in inputs[:4]), inputs.attention_mask.cpu())
+
+
+def dense_scores(inputs, pattern, directions, scale):
+    """In float64, (batch, heads, length, columns) scores, -inf where a key is not visible, and the columns' values.
+
+    The columns are the positions of the sequence, then the slots.
+    """
+    query, key, value, _, mask = to_double(inputs)
+    first, length = pattern.num_global_tokens, query.shape[2]
+    tokens = Tokens(query[:, :, first:], key[:, :, first:], mask[:, first:], scale, [x.double() for x in directions])
+    visible = visible_tokens(pattern, length) & mask[:, None, None, :]
+    if (compression := compress(pattern, tokens)) is not None:
+        slots = visible_slots(pattern, length) & compression.keep.unsqueeze(-2)
+        visible = torch.cat([visible.expand(*slots.shape[:-1], -1), slots], -1)
+        key, value = (torch.cat([x, compression.apply(x[:, :, first:])], -2) for x in (key, value))
+    return (query @ key.mT * scale).masked_fill(~visible, -torch.inf), value

@@ -3,12 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from running import forward, to_double
+from running import dense_scores, forward
 
 from lsg_attn import LSGPattern, plan
-from lsg_attn.compression import Tokens, compress, lsh_directions
+from lsg_attn.compression import lsh_directions
 from lsg_attn.kernels.schedules import Schedule, Tuning
-from lsg_attn.reference import visible_slots, visible_tokens
 from lsg_attn.testing import assert_close, make_inputs
 
 SEED = 0x1234_5678_9ABC_DEF
@@ -41,17 +40,9 @@ def kept(pattern, shape, columns, p, seed=SEED):
 
 def with_dropout(inputs, pattern, p):
     """Dense LSG attention in float64, dropping what the kernels should."""
-    query, key, value, _, mask = to_double(inputs)
-    (batch, heads, length, head_dim), first = query.shape, pattern.num_global_tokens
-    directions = [x.double() for x in lsh_directions(pattern, heads, head_dim)]
-    tokens = Tokens(query[:, :, first:], key[:, :, first:], mask[:, first:], head_dim**-0.5, directions)
-    visible = visible_tokens(pattern, length) & mask[:, None, None, :]
-    if (compression := compress(pattern, tokens)) is not None:
-        slots = visible_slots(pattern, length) & compression.keep.unsqueeze(-2)
-        visible = torch.cat([visible.expand(batch, heads, -1, -1), slots], -1)
-        key, value = (torch.cat([x, compression.apply(x[:, :, first:])], -2) for x in (key, value))
-    probs = (query @ key.mT * head_dim**-0.5).masked_fill(~visible, -1e300).softmax(-1)
-    return probs * kept(pattern, (batch, heads, length), key.shape[2], p) / (1 - p) @ value
+    _, heads, _, head_dim = inputs.query.shape
+    scores, value = dense_scores(inputs, pattern, lsh_directions(pattern, heads, head_dim), head_dim**-0.5)
+    return scores.softmax(-1) * kept(pattern, scores.shape[:3], scores.shape[3], p) / (1 - p) @ value
 
 
 @pytest.mark.parametrize("sparsity_type", ["norm", "stride", "lsh"])

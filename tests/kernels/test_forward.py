@@ -1,40 +1,20 @@
 """The forward kernels against the reference in float64, on inputs whose padding holds garbage."""
 
-from pathlib import Path
-
-import numpy as np
 import pytest
+import recordings
 import torch
-from running import DEVICE, forward, to_double
+from running import DEVICE, dense_scores, forward, to_double
+from strategies import AWKWARD_SHAPES
 
 from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention, plan
-from lsg_attn.compression import Tokens, compress, lsh_directions
-from lsg_attn.reference import visible_slots, visible_tokens
+from lsg_attn.compression import lsh_directions
 from lsg_attn.testing import TOLERANCES, Inputs, assert_close, make_inputs
 
-RECORDINGS = sorted((Path(__file__).parents[1] / "goldens/attention").glob("*.npz"))
-PARAMETERS = (
-    "sparsity_type",
-    "block_size",
-    "sparse_block_size",
-    "sparsity_factor",
-    "num_global_tokens",
-    "lsh_num_pre_rounds",
-)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# (tokens, head_dim, num_global_tokens, padding) with B = 32: T = 1, 2B-1, 2B, 2B+1, 7B-3, 9B
-SHAPES = [
-    (1, 24, 0, "none"),
-    (63, 64, 1, "right"),
-    (64, 80, 17, "left"),
-    (65, 40, 130, "middle"),
-    (7 * 32 - 3, 128, 1, "random"),
-    (9 * 32, 64, 17, "right"),
-]
 CASES = [
     (sparsity_type, DTYPES[(i + j) % 3], *shape)  # each type in each dtype, twice
     for i, sparsity_type in enumerate(SPARSITY_TYPES)
-    for j, shape in enumerate(SHAPES)
+    for j, shape in enumerate(AWKWARD_SHAPES)
 ]
 
 
@@ -45,15 +25,7 @@ def reference(inputs, pattern, **options):
 
 def reference_lse(inputs, pattern, directions, scale):
     """The log-sum-exp of each query's scores, +inf where it sees nothing."""
-    query, key, _, _, mask = to_double(inputs)
-    first, length = pattern.num_global_tokens, query.shape[2]
-    tokens = Tokens(query[:, :, first:], key[:, :, first:], mask[:, first:], scale, [x.double() for x in directions])
-    visible = visible_tokens(pattern, length) & mask[:, None, None, :]
-    if (compression := compress(pattern, tokens)) is not None:
-        slots = visible_slots(pattern, length) & compression.keep.unsqueeze(-2)
-        visible = torch.cat([visible.expand(*slots.shape[:-1], -1), slots], -1)
-        key = torch.cat([key, compression.apply(key[:, :, first:])], -2)
-    lse = (query @ key.mT * scale).masked_fill(~visible, -torch.inf).logsumexp(-1)
+    lse = dense_scores(inputs, pattern, directions, scale)[0].logsumexp(-1)
     return lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
@@ -109,15 +81,11 @@ def test_unusual_patterns(pattern):
     check(make_inputs(1, 3, length, 32, torch.float32, padding, 1e3, pattern.num_global_tokens + 1), pattern)
 
 
-@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", recordings.PATHS, ids=lambda path: path.stem)
 def test_recording(path):
     """What the original gave (lsg-converter 0.1.9)."""
-    with np.load(path) as file:
-        arrays = {name: file[name] for name in file.files}
-    pattern = LSGPattern(**{name: arrays[name].item() for name in PARAMETERS})
-    rounds = [torch.from_numpy(arrays[f"proj_{i}"])[0, :, 0].contiguous() for i in range(len(pattern.lsh_buckets))]
-    inputs = Inputs(*(torch.from_numpy(arrays[name]) for name in ("q", "k", "v", "dout", "attention_mask")))
-    assert_close("out", forward(inputs, pattern, directions=rounds).out.cpu(), torch.from_numpy(arrays["out"]))
+    pattern, inputs, directions, results = recordings.load(path)
+    assert_close("out", forward(inputs, pattern, directions=directions).out.cpu(), results["out"])
 
 
 @pytest.mark.parametrize(
