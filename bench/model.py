@@ -13,8 +13,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.meta import meta_call
 from lsg_attn import SPARSITY_TYPES, LSGPattern
-from lsg_attn.call import Call, allocate
+from lsg_attn.call import allocate
 from lsg_attn.plan import Launch, plan_forward
 
 
@@ -82,9 +83,7 @@ def _bytes(launches: Sequence[Launch], counts: Callable[[str], bool]) -> int:
 def model(pattern: LSGPattern, shape: tuple[int, int, int, int], dtype: torch.dtype, target: str) -> Model:
     """The model of a forward on queries of ``shape`` (batch, heads, G+T, head_dim), without a mask or dropout."""
     batch, heads, _, head_dim = shape
-    query, key, value = (torch.empty(shape, dtype=dtype, device="meta") for _ in range(3))
-    directions = tuple(torch.empty(heads, head_dim, m // 2, device="meta") for m in pattern.lsh_buckets)
-    call = Call(query, key, value, None, pattern, 0.0, 0, head_dim**-0.5, directions)
+    call = meta_call(pattern, shape, dtype, has_mask=False, has_dropout=False)
     launches = plan_forward(call, allocate(call), target)
     flops = 4 * head_dim * batch * heads * num_scores(pattern, call.num_tokens)  # two products, of 2 each
     # What launches only pass on to each other may stay in a cache; and so may what two of them read: a floor.

@@ -32,8 +32,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.meta import meta_call
 from lsg_attn import SPARSITY_TYPES, LSGPattern
-from lsg_attn.call import Call, allocate
+from lsg_attn.call import allocate
 from lsg_attn.plan import Launch, plan_forward
 
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -110,15 +111,10 @@ class Case:
 
     def launches(self) -> list[tuple[str, Launch]]:
         """What it launches, each with the name of its variant."""
-        heads, length = 16, self.num_globals + 4096
         sizes = {"block_size": self.block_size, "sparse_block_size": self.block_size}
         pattern = LSGPattern(sparsity_type=self.sparsity_type, num_global_tokens=self.num_globals, **sizes)
-        # (batch, length, heads, head_dim) in memory, as a projection gives it
-        x = torch.empty(2, length, heads, self.head_dim, dtype=self.dtype, device="meta").transpose(1, 2)
-        mask = torch.empty(2, 4096, dtype=torch.bool, device="meta") if self.has_mask else None
-        directions = (torch.empty(heads, self.head_dim, m // 2, device="meta") for m in pattern.lsh_buckets)
-        dropout_p, seed = (0.1, 1 << 60) if self.has_dropout else (0.0, 0)
-        call = Call(x, x, x, mask, pattern, dropout_p, seed, self.head_dim**-0.5, tuple(directions))
+        shape = (2, 16, self.num_globals + 4096, self.head_dim)
+        call = meta_call(pattern, shape, self.dtype, self.has_mask, self.has_dropout)
         launches = plan_forward(call, allocate(call), self.target)
         return [(self._variant(launch), launch) for launch in launches]
 

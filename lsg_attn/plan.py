@@ -108,6 +108,8 @@ def _plan_attention(call: Call, results: Results, target: str) -> list[Launch]:
 
 def _plan_compression(call: Call, results: Results, target: str) -> list[Launch]:
     query, pattern, compression = call.query, call.pattern, call.compression
+    if compression not in ("norm", "pooling", "bos_pooling", "lsh"):
+        return []  # the attention kernel finds its slots by arithmetic
     # What only the attention kernel is compiled for must not make another kernel of a compression.
     variant = variant_of(call)._replace(sparsity=compression, has_dropout=False)
     arguments = {**_inputs(call), "V": variant, "index_ptr": results.slot_index}
@@ -135,16 +137,14 @@ def _plan_compression(call: Call, results: Results, target: str) -> list[Launch]
             "BLOCK_D": _block_d(call),
         }
         return [Launch(_lsg_pool_kernel, heads * cdiv(call.num_slots, _POOLED), arguments, POOL)]
-    if compression == "lsh":
-        arguments |= {
-            "slot_ptr": results.slot,
-            "direction_ptrs": call.directions,
-            "CHUNK": pattern.chunk,
-            "BLOCK_C": max(16, next_power_of_2(pattern.chunk)),
-            "BLOCK_N": max(16, next_power_of_2(pattern.chunk // pattern.sparsity_factor)),
-        }
-        return [Launch(_lsg_lsh_kernel, heads * _num_chunks(call), arguments, lsh_tuning(target))]
-    return []
+    arguments |= {
+        "slot_ptr": results.slot,
+        "direction_ptrs": call.directions,
+        "CHUNK": pattern.chunk,
+        "BLOCK_C": max(16, next_power_of_2(pattern.chunk)),
+        "BLOCK_N": max(16, next_power_of_2(pattern.chunk // pattern.sparsity_factor)),
+    }
+    return [Launch(_lsg_lsh_kernel, heads * _num_chunks(call), arguments, lsh_tuning(target))]
 
 
 def _inputs(call: Call) -> dict[str, Any]:

@@ -102,8 +102,9 @@ def test_committed_rows_are_of_these_kernels_and_without_faults():
     rows = [Row(**row) for row in json.loads(RESULTS.read_text(encoding="utf-8"))]
     assert [fault for row in rows for fault in faults(row)] == []
     # a kernel that several cases take is one row, by the name that the first gives it
-    assert {(row.kernel, row.variant, row.target) for row in rows} <= names("all", GPUS)
-    assert {(row.kernel, row.target) for row in rows} == {(kernel, gpu) for kernel, _, gpu in names("all", GPUS)}
+    everything = names("all", GPUS)
+    assert {(row.kernel, row.variant, row.target) for row in rows} <= everything
+    assert {(row.kernel, row.target) for row in rows} == {(kernel, gpu) for kernel, _, gpu in everything}
     if {row.triton for row in rows} == {triton.__version__}:
         sources = {key_of(case, launch) for case in cases("all", list(GPUS)) for _, launch in case.launches()}
         assert {row.source for row in rows} == sources, "the kernels have changed: run make static"

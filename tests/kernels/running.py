@@ -39,6 +39,14 @@ def to_double(inputs):
     return Inputs(*(x.cpu().double() for x in inputs[:4]), inputs.attention_mask.cpu())
 
 
+def exact_compression(inputs, pattern, directions, scale):
+    """The compression by PyTorch in float64."""
+    query, key, _, _, mask = to_double(inputs)
+    first = pattern.num_global_tokens
+    rounds = [x.double() for x in directions]
+    return compress(pattern, Tokens(query[:, :, first:], key[:, :, first:], mask[:, first:], scale, rounds))
+
+
 def dense_scores(inputs, pattern, directions, scale):
     """In float64, (batch, heads, length, columns) scores, -inf where a key is not visible, and the columns' values.
 
@@ -46,9 +54,8 @@ def dense_scores(inputs, pattern, directions, scale):
     """
     query, key, value, _, mask = to_double(inputs)
     first, length = pattern.num_global_tokens, query.shape[2]
-    tokens = Tokens(query[:, :, first:], key[:, :, first:], mask[:, first:], scale, [x.double() for x in directions])
     visible = visible_tokens(pattern, length) & mask[:, None, None, :]
-    if (compression := compress(pattern, tokens)) is not None:
+    if (compression := exact_compression(inputs, pattern, directions, scale)) is not None:
         slots = visible_slots(pattern, length) & compression.keep.unsqueeze(-2)
         visible = torch.cat([visible.expand(*slots.shape[:-1], -1), slots], -1)
         key, value = (torch.cat([x, compression.apply(x[:, :, first:])], -2) for x in (key, value))

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from running import forward, to_double
+from running import exact_compression, forward, to_double
 
 from lsg_attn import LSGPattern
-from lsg_attn.compression import Tokens, compress, lsh_directions
+from lsg_attn.compression import lsh_directions
 from lsg_attn.testing import assert_close, make_inputs
 
 PATTERNS = [
@@ -26,10 +26,8 @@ def test_maps(pattern, padding):
     length = first + 3 * pattern.block_size - 7
     inputs = make_inputs(2, 2, length, 24, padding=padding, garbage=1e3, num_kept=first + 1)
     results = forward(inputs, pattern, attention_mask=None if padding == "none" else "inputs")
-    query, key, value, _, mask = to_double(inputs)
-    directions = [x.double() for x in lsh_directions(pattern, 2, 24)]
-    tokens = Tokens(query[:, :, first:], key[:, :, first:], mask[:, first:], 24**-0.5, directions)
-    expected = compress(pattern, tokens)
+    _, key, value, _, mask = to_double(inputs)
+    expected = exact_compression(inputs, pattern, lsh_directions(pattern, 2, 24), 24**-0.5)
     index = results.slot_index.cpu()
     assert torch.equal(index >= 0, expected.keep)
     if pattern.sparsity_type == "norm":
