@@ -1,11 +1,18 @@
-"""A call without memory: what bench.static compiles and bench.model counts is planned from it."""
+"""Calls without memory: what bench.static compiles and bench.model counts is planned from them."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from lsg_attn import LSGPattern
-from lsg_attn.call import Call
+from lsg_attn.call import Call, Saved, allocate, restore, to_save
+from lsg_attn.launch import Launch
+from lsg_attn.plan import plan_forward
+from lsg_attn.plan_backward import allocate_gradients, plan_backward
 
 
 def meta_call(
@@ -21,3 +28,23 @@ def meta_call(
     directions = tuple(torch.empty(heads, head_dim, m // 2, device="meta") for m in pattern.lsh_buckets)
     dropout_p, seed = (0.1, 1 << 60) if has_dropout else (0.0, 0)
     return Call(query, key, value, mask, pattern, dropout_p, seed, head_dim**-0.5, directions)
+
+
+class Pass(NamedTuple):
+    """A forward or a backward: its launches, and the tensors that it is given or that outlive it."""
+
+    launches: list[Launch]
+    kept: tuple[Tensor, ...]
+    saved: Saved
+
+
+def meta_passes(call: Call, target: str) -> tuple[Pass, Pass]:
+    """The forward of a call, and its backward."""
+    results = allocate(call)
+    saved, inputs = to_save(call, results), (call.query, call.key, call.value, *call.directions)
+    if call.attention_mask is not None:
+        inputs += (call.attention_mask,)
+    again, dout, gradients = replace(call, directions=()), torch.empty_like(results.out), allocate_gradients(call)
+    backward = plan_backward(again, restore(again, saved), dout, gradients, target)
+    forward = Pass(plan_forward(call, results, target), (*inputs, *saved), saved)
+    return forward, Pass(backward, (*inputs, *saved, dout, *gradients), saved)

@@ -1,4 +1,4 @@
-"""`python -m bench.model`: the least time that a forward can take on a GPU, by its flops, its bytes and data sheets.
+"""`python -m bench.model`: the least time that a forward or a backward can take on a GPU, by flops, bytes, data sheets.
 
 It measures nothing. It says what a time that is measured one day can be set against: no kernel goes below either floor.
 """
@@ -6,17 +6,16 @@ It measures nothing. It says what a time that is measured one day can be set aga
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.meta import meta_call
+from bench.meta import meta_call, meta_passes
 from lsg_attn import SPARSITY_TYPES, LSGPattern
-from lsg_attn.call import allocate
-from lsg_attn.plan import Launch, plan_forward
+from lsg_attn.launch import Launch
 
 
 @dataclass(frozen=True)
@@ -39,18 +38,18 @@ DATA_SHEETS = {
 }
 
 
-# Arguments that hold the parts of the global queries, and what a backward needs.
-_PASSED_ON = ("part_ptr", "part_lse_ptr")
-_SAVED = ("lse_ptr", "index_ptr", "sparse_k_ptr", "sparse_v_ptr", "weight_ptr", "slot_ptr")
+# Products that a score takes part in: with key and value; and key again, dout with value, and the sums dq, dk, dv.
+_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5
 
 
 @dataclass(frozen=True)
 class Model:
-    """What one forward has to do, and the floors under its time in microseconds."""
+    """What one forward or backward has to do, and the floors under its time in microseconds."""
 
     flops: int
     bytes_moved: int
-    bytes_allocated: int  # besides the output
+    bytes_scratch: int  # allocated for no longer than it takes
+    bytes_saved: int  # from the forward to the backward, besides its inputs and its output
     launches: tuple[str, ...]
     compute_us: float
     memory_us: float
@@ -69,32 +68,41 @@ def num_scores(pattern: LSGPattern, num_tokens: int) -> int:
     return scores
 
 
-def _bytes(launches: Sequence[Launch], counts: Callable[[str], bool]) -> int:
-    """Bytes of the tensors that launches are given by arguments of these names, each tensor once."""
-    sizes = {}
+def _tensors(launches: Sequence[Launch]) -> list[torch.Tensor]:
+    """The tensors that launches are given, each once."""
+    found = {}
     for launch in launches:
-        for name, argument in launch.arguments.items():
+        for argument in launch.arguments.values():
             for x in argument if isinstance(argument, tuple) else (argument,):
-                if isinstance(x, torch.Tensor) and counts(name):
-                    sizes[id(x)] = x.numel() * x.element_size()
-    return sum(sizes.values())
+                if isinstance(x, torch.Tensor):
+                    found[id(x)] = x
+    return list(found.values())
 
 
-def model(pattern: LSGPattern, shape: tuple[int, int, int, int], dtype: torch.dtype, target: str) -> Model:
-    """The model of a forward on queries of ``shape`` (batch, heads, G+T, head_dim), without a mask or dropout."""
+def model(
+    pattern: LSGPattern, shape: tuple[int, int, int, int], dtype: torch.dtype, target: str, is_backward: bool = False
+) -> Model:
+    """The model of a forward, or of its backward, on queries of ``shape`` (batch, heads, G+T, head_dim).
+
+    It is one without a mask and dropout.
+    """
     batch, heads, _, head_dim = shape
     call = meta_call(pattern, shape, dtype, has_mask=False, has_dropout=False)
-    launches = plan_forward(call, allocate(call), target)
-    flops = 4 * head_dim * batch * heads * num_scores(pattern, call.num_tokens)  # two products, of 2 each
+    forward, backward = meta_passes(call, target)
+    launches, kept, _ = backward if is_backward else forward
+    products = _BACKWARD_PRODUCTS if is_backward else _PRODUCTS
+    flops = 2 * products * head_dim * batch * heads * num_scores(pattern, call.num_tokens)
     # What launches only pass on to each other may stay in a cache; and so may what two of them read: a floor.
-    moved = _bytes(launches, lambda name: name not in _PASSED_ON)
-    allocated = _bytes(launches, lambda name: name in _PASSED_ON or name in _SAVED)
+    is_kept = {id(x) for x in kept}
+    sizes = [(id(x) in is_kept, x.nbytes) for x in _tensors(launches)]
+    moved, scratch = (sum(size for kind, size in sizes if kind == wanted) for wanted in (True, False))
     sheet = DATA_SHEETS[target]
     rate = sheet.float32_tflops if dtype == torch.float32 else sheet.tensor_tflops
     return Model(
         flops=flops,
         bytes_moved=moved,
-        bytes_allocated=allocated,
+        bytes_scratch=scratch,
+        bytes_saved=sum(x.nbytes for x in (forward.saved.lse, forward.saved.choice)),
         launches=tuple(launch.kernel.__name__ for launch in launches),
         compute_us=flops / rate / 1e6,
         memory_us=moved / sheet.memory_tbps / 1e6,
@@ -107,14 +115,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--target", nargs="+", choices=DATA_SHEETS, default=["sm_90"])
     parser.add_argument("--types", nargs="+", default=list(SPARSITY_TYPES), choices=SPARSITY_TYPES)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--backward", action="store_true", help="of the backward instead of the forward")
     sizes = {"batch": 1, "heads": 16, "tokens": 4096, "head-dim": 64}
     sizes |= {"block-size": 128, "sparse-block-size": 128, "sparsity-factor": 2, "num-global-tokens": 1}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
     options = parser.parse_args(arguments)
     shape = options.batch, options.heads, options.num_global_tokens + options.tokens, options.head_dim
-    title = f"forward of {shape} {options.dtype}: floors from data sheets, not times"
-    names = ("type", "GPU", "launches", "GFLOP", "MB moved", "MB allocated", "compute us", "memory us")
+    name = "backward" if options.backward else "forward"
+    title = f"{name} of {shape} {options.dtype}: floors from data sheets, not times"
+    names = ("type", "GPU", "launches", "GFLOP", "MB moved", "MB scratch", "MB saved", "compute us", "memory us")
     table = Table(*names, title=title)
     for sparsity_type in options.types:
         pattern = LSGPattern(
@@ -125,8 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             num_global_tokens=options.num_global_tokens,
         )
         for target in options.target:
-            row = model(pattern, shape, getattr(torch, options.dtype), target)
-            counts = (row.flops / 1e9, row.bytes_moved / 1e6, row.bytes_allocated / 1e6)
+            row = model(pattern, shape, getattr(torch, options.dtype), target, options.backward)
+            counts = (row.flops / 1e9, row.bytes_moved / 1e6, row.bytes_scratch / 1e6, row.bytes_saved / 1e6)
             numbers = (f"{x:.1f}" for x in (*counts, row.compute_us, row.memory_us))
             gpu = f"{DATA_SHEETS[target].name} ({target})"
             table.add_row(sparsity_type, gpu, str(len(row.launches)), *numbers)

@@ -13,10 +13,7 @@ import io
 import itertools
 import json
 import multiprocessing
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -32,42 +29,15 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.meta import meta_call
+from bench import binary
+from bench.binary import GPUS, num_blocks, read_amdgcn, read_cubin
+from bench.meta import meta_call, meta_passes
 from lsg_attn import SPARSITY_TYPES, LSGPattern
-from lsg_attn.call import allocate
-from lsg_attn.plan import Launch, plan_forward
+from lsg_attn.launch import Launch
 
-_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _CACHE = Path(__file__).parents[1] / "build/static"
-_KIB = 1024
 MOST_SPILLED = 64  # bytes of a thread that a kernel may spill
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What one multiprocessor has for the blocks that run on it; memory in bytes, registers of 4 bytes.
-
-    NVIDIA: CUDA C++ Programming Guide, technical specifications per compute capability; each block takes 1 KiB of
-    shared memory more than it asks for. AMD: CDNA 3 ISA guide; a multiprocessor is a compute unit of four SIMDs.
-    """
-
-    warps: int
-    blocks: int
-    registers: int
-    shared: int
-    shared_of_block: int
-    warp_size: int = 32
-    shared_reserved: int = _KIB
-
-
-GPUS = {
-    "sm_80": Gpu(64, 32, 65536, 164 * _KIB, 163 * _KIB),
-    "sm_86": Gpu(48, 16, 65536, 100 * _KIB, 99 * _KIB),
-    "sm_90": Gpu(64, 32, 65536, 228 * _KIB, 227 * _KIB),
-    "sm_100": Gpu(64, 32, 65536, 228 * _KIB, 227 * _KIB),
-    "sm_120": Gpu(48, 24, 65536, 100 * _KIB, 99 * _KIB),
-    "gfx942": Gpu(32, 32, 4 * 512 * 64, 64 * _KIB, 64 * _KIB, warp_size=64, shared_reserved=0),
-}
+_MATMULS = ("_lsg_lsh_kernel", "_lsg_fwd_kernel", "_lsg_bwd_slots_kernel", "_lsg_bwd_dq_dkv_kernel")
 
 
 @dataclass(frozen=True)
@@ -83,17 +53,13 @@ class Row:
     shared_bytes: int
     tensor_core_instructions: int
     async_copies: int
+    float_atomics: int
     blocks_per_sm: int
     occupancy: float
     num_warps: int
     num_stages: int
     triton: str
     source: str  # hash of what was compiled, and for what
-
-
-# Instructions of the disassembly: HMMA, HGMMA, ... and MFMA, WMMA; LDGSTS (cp.async) and the bulk copies.
-_TENSOR_CORE = re.compile(r"\b(?:[HDIOQ]G?MMA|UTC\w*MMA)\b|\bv_(?:mfma|wmma)_")
-_ASYNC_COPY = re.compile(r"\b(?:LDGSTS|UTMALDG|UBLKCP)\b|\b(?:buffer|global)_load_\S*.*\blds\b")
 
 
 @dataclass(frozen=True)
@@ -106,6 +72,7 @@ class Case:
     has_mask: bool
     has_dropout: bool
     target: str
+    has_backward: bool = True
     block_size: int = 128
     num_globals: int = 1
 
@@ -115,13 +82,14 @@ class Case:
         pattern = LSGPattern(sparsity_type=self.sparsity_type, num_global_tokens=self.num_globals, **sizes)
         shape = (2, 16, self.num_globals + 4096, self.head_dim)
         call = meta_call(pattern, shape, self.dtype, self.has_mask, self.has_dropout)
-        launches = plan_forward(call, allocate(call), self.target)
+        forward, backward = meta_passes(call, self.target)
+        launches = forward.launches + (backward.launches if self.has_backward else [])
         return [(self._variant(launch), launch) for launch in launches]
 
     def _variant(self, launch: Launch) -> str:
         """The name of the variant that one of the case's launches is."""
         words = [str(self.dtype).removeprefix("torch."), f"d{self.head_dim}"]
-        if "V" in launch.arguments:  # the combine has none: masks, dropout and sparsity are over by then
+        if "V" in launch.arguments:  # sums have none: they know nothing of masks, dropout and sparsity
             variant = launch.arguments["V"]
             words.insert(0, variant.sparsity)
             words += ["mask"] * variant.has_mask + ["dropout"] * variant.has_dropout
@@ -134,11 +102,12 @@ def cases(subset: str, targets: Sequence[str]) -> Iterator[Case]:
 
     "quick": bfloat16, head_dim 64, a mask; "ci": all dtypes, and for bfloat16 also dropout; "all": every combination
     with head_dim 64 and 128, with and without a mask and dropout, for the default pattern; and for some of them blocks
-    smaller than a tile, many globals, and head_dim 256.
+    smaller than a tile, many globals, and head_dim 256. The backward of only some of these: see :func:`_has_backward`.
     """
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     everything = itertools.product(SPARSITY_TYPES, dtypes, (64, 128), (True, False), (False, True), targets)
-    for case in itertools.starmap(Case, everything):
+    for values in everything:
+        case = Case(*values, has_backward=_has_backward(subset, *values[1:5]))
         is_main = case.head_dim == 64 and case.has_mask
         is_plain = case.dtype == torch.bfloat16 and not case.has_dropout
         if subset == "quick" and not (is_main and is_plain):
@@ -149,9 +118,18 @@ def cases(subset: str, targets: Sequence[str]) -> Iterator[Case]:
     if subset == "all":
         others = itertools.product(("norm", "lsh"), (torch.bfloat16, torch.float32), (False, True), targets)
         for sparsity_type, dtype, has_dropout, target in others:
-            yield Case(sparsity_type, dtype, 64, True, has_dropout, target, block_size=32)
-            yield Case(sparsity_type, dtype, 128, True, has_dropout, target, num_globals=200)
-            yield Case(sparsity_type, dtype, 256, True, has_dropout, target)
+            for head_dim, sizes in ((64, {"block_size": 32}), (128, {"num_globals": 200}), (256, {})):
+                yield Case(sparsity_type, dtype, head_dim, True, has_dropout, target, not has_dropout, **sizes)
+
+
+def _has_backward(subset: str, dtype: torch.dtype, head_dim: int, has_mask: bool, has_dropout: bool) -> bool:
+    """Whether a call's backward is compiled, too: not where another one tells what it would, as it takes longest."""
+    if subset != "all":
+        return dtype == torch.bfloat16 and not has_dropout
+    if dtype == torch.bfloat16:
+        return has_mask or (head_dim == 64 and not has_dropout)
+    # float16 has the tiles of bfloat16
+    return has_mask and not has_dropout and (head_dim == 64 or dtype == torch.float32)
 
 
 def source_of(launch: Launch) -> ASTSource:
@@ -197,7 +175,7 @@ def compile_row(case: Case, index: int) -> Row | str:
     """Launch number ``index`` of a case compiled, or the error if it does not; from the cache if it is there."""
     variant, launch = case.launches()[index]
     source = key_of(case, launch)
-    readers = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # what is kept was read by this file
+    readers = hashlib.sha256(Path(binary.__file__).read_bytes()).hexdigest()  # what is kept was read by that file
     path = _CACHE / f"{source[:32]}-{readers[:32]}.json"
     if path.exists():
         return Row(**{**json.loads(path.read_text(encoding="utf-8")), "variant": variant})
@@ -211,8 +189,8 @@ def compile_row(case: Case, index: int) -> Row | str:
             kernel = triton.compile(source_of(launch), target=target, options=launch.options)
     except Exception as error:  # whatever a backend raises is a result of this bench
         return f"{launch.kernel.__name__} {variant} {case.target}: {type(error).__name__}: {error}".strip()
-    found = _read_cubin(kernel, log.getvalue()) if is_cuda else _read_amdgcn(kernel)
-    blocks = _blocks(gpu, is_cuda, found["registers"], found["shared_bytes"], launch.tuning.num_warps)
+    found = read_cubin(kernel, log.getvalue()) if is_cuda else read_amdgcn(kernel)
+    blocks = num_blocks(gpu, is_cuda, found["registers"], found["shared_bytes"], launch.tuning.num_warps)
     row = Row(
         kernel=launch.kernel.__name__,
         variant=variant,
@@ -236,60 +214,6 @@ def key_of(case: Case, launch: Launch) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _read_cubin(kernel: Any, log: str) -> dict[str, int]:
-    """ptxas' log has the spills; a cubin the rest."""
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
-    if not spills:
-        raise RuntimeError("ptxas said nothing about spills")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _run("cuobjdump", "-res-usage", file.name)))
-        text = _run("nvdisasm", "-c", file.name)
-    return {
-        "registers": int(usage["REG"]),
-        "stack": int(usage["STACK"]) + int(usage["LOCAL"]),
-        "spill_bytes": sum(map(int, spills)),
-        "shared_bytes": int(kernel.metadata.shared),
-        "tensor_core_instructions": len(_TENSOR_CORE.findall(text)),
-        "async_copies": len(_ASYNC_COPY.findall(text)),
-    }
-
-
-def _read_amdgcn(kernel: Any) -> dict[str, int]:
-    """The assembly's metadata counts VGPRs, and spilled ones, of 4 bytes in each lane."""
-    text = kernel.asm["amdgcn"]
-
-    def metadata(key: str) -> int:
-        return int(re.findall(rf"\.{key}:\s*(\d+)", text)[0])
-
-    return {
-        "registers": metadata("vgpr_count"),
-        "stack": metadata("private_segment_fixed_size"),
-        "spill_bytes": 4 * metadata("vgpr_spill_count"),
-        "shared_bytes": int(kernel.metadata.shared),
-        "tensor_core_instructions": len(_TENSOR_CORE.findall(text)),
-        "async_copies": len(_ASYNC_COPY.findall(text)),
-    }
-
-
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def _blocks(gpu: Gpu, is_cuda: bool, registers: int, shared: int, num_warps: int) -> int:
-    """How many blocks a multiprocessor holds at once; 0 if a block's shared memory does not fit."""
-    if shared > gpu.shared_of_block:
-        return 0
-    # Registers are given out to a warp, in units of 8 for each lane.
-    of_warp = -(-max(registers, 1) // 8) * 8 * gpu.warp_size
-    warps = gpu.registers // of_warp
-    if not is_cuda:  # a wave has its registers from one SIMD of four
-        warps = 4 * min(gpu.warps // 4, gpu.registers // 4 // of_warp)
-    by_shared = gpu.shared // (shared + gpu.shared_reserved) if shared + gpu.shared_reserved else gpu.blocks
-    return min(gpu.blocks, gpu.warps // num_warps, warps // num_warps, by_shared)
-
-
 def faults(row: Row) -> list[str]:
     """What is wrong with a compiled kernel; empty if it may ship."""
     wrong = []
@@ -297,7 +221,9 @@ def faults(row: Row) -> list[str]:
         wrong.append(f"spills {row.spill_bytes} bytes, more than {MOST_SPILLED}")
     if row.shared_bytes > GPUS[row.target].shared_of_block:
         wrong.append(f"takes {row.shared_bytes} bytes of shared memory of {GPUS[row.target].shared_of_block}")
-    is_matmul = row.kernel == "_lsg_lsh_kernel" or (row.kernel == "_lsg_fwd_kernel" and "float32" not in row.variant)
+    if row.float_atomics:
+        wrong.append(f"has {row.float_atomics} atomics on floats, and no sum's order may depend on timing")
+    is_matmul = row.kernel in _MATMULS and (row.kernel == "_lsg_lsh_kernel" or "float32" not in row.variant)
     if is_matmul and not row.tensor_core_instructions:
         wrong.append("has no tensor-core instruction")
     return [f"{row.kernel} {row.variant} {row.target} {what}" for what in wrong]
@@ -321,11 +247,14 @@ def compile_all(todo: Iterable[Case], jobs: int) -> tuple[list[Row], list[str]]:
 def print_rows(rows: Sequence[Row]) -> None:
     """A table of all rows."""
     table = Table(
-        "kernel", "variant", "target", *(["reg", "stack", "spill", "shared", "mma", "async", "blocks", "occ"])
+        "kernel",
+        "variant",
+        "target",
+        *(["reg", "stack", "spill", "shared", "mma", "async", "atomics", "blocks", "occ"]),
     )
     for row in rows:
         values = asdict(row)
-        numbers = (values[name] for name in list(values)[3:11])
+        numbers = (values[name] for name in list(values)[3:12])
         table.add_row(row.kernel, row.variant, row.target, *map(str, numbers))
     Console(width=140).print(table)
 

@@ -182,15 +182,15 @@ def _lsg_lsh_kernel(
     k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_heads, num_tokens, num_slots,
     V: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Cluster one chunk of tokens by hashing rounds, and average each cluster.
+    """Cluster one chunk of tokens by hashing rounds, or as ``slot`` says where there are no directions; average each.
 
     A round hashes the sums of the last round's buckets. Projecting is linear, so a sum's projection is the sum of its
     tokens' projections, and each token can carry that of its own cluster: no bucket is ever stored.
     ``directions``: of each round (heads, head_dim, buckets // 2) float32, contiguous.
 
     Grid: batch * heads * chunks. Writes ``sparse_k`` and ``sparse_v`` (batch, heads, slots, head_dim), ``index``
-    (batch, heads, slots) int32 (the slot, or -1 if it has no token), and of each token ``slot`` (batch, heads, T)
-    int32 and ``weight`` (batch, heads, T) float32.
+    (batch, heads, slots) int32 (the slot, or -1 if it has no token), and of each token ``weight`` (batch, heads, T)
+    float32 and with directions ``slot`` (batch, heads, T) int32.
     """
     G: tl.constexpr = V.num_globals
     CLUSTERS: tl.constexpr = CHUNK // V.factor
@@ -201,17 +201,21 @@ def _lsg_lsh_kernel(
     tokens = chunk * CHUNK + offs_c
     exists = (offs_c < CHUNK) & (tokens < num_tokens)
     kept = is_kept(mask_row, G + tokens, exists, V)
-    # 1. Hash, round by round.
+    # 1. Hash, round by round, unless that was done.
     cluster = tl.zeros((BLOCK_C,), tl.int32)
-    for i in tl.static_range(len(direction_ptrs)):
-        cluster = _hash(
-            k_ptr, k_strides, tokens, kept, direction_ptrs[i], head, cluster,
-            CLUSTERED=i > 0, HALF=(CHUNK if i + 1 < len(direction_ptrs) else CLUSTERS) // 2, V=V,
-        )  # fmt: skip
-    # 2. Each token's slot and weight.
+    slot_ptr += batch_head * num_tokens + tokens
+    if direction_ptrs is None:
+        cluster = tl.load(slot_ptr, mask=exists, other=0) - chunk * CLUSTERS
+    else:
+        for i in tl.static_range(len(direction_ptrs)):
+            cluster = _hash(
+                k_ptr, k_strides, tokens, kept, direction_ptrs[i], head, cluster,
+                CLUSTERED=i > 0, HALF=(CHUNK if i + 1 < len(direction_ptrs) else CLUSTERS) // 2, V=V,
+            )  # fmt: skip
+        tl.store(slot_ptr, chunk * CLUSTERS + cluster, mask=exists)
+    # 2. Each token's weight.
     same = (cluster[:, None] == cluster[None, :]) & kept[None, :]
     weight = kept.to(tl.float32) / (tl.sum(same.to(tl.float32), 1) + _LSH_EPS)
-    tl.store(slot_ptr + batch_head * num_tokens + tokens, chunk * CLUSTERS + cluster, mask=exists)
     tl.store(weight_ptr + batch_head * num_tokens + tokens, weight, mask=exists)
     # 3. Average the tokens of each slot.
     offs_n = tl.arange(0, BLOCK_N)

@@ -5,9 +5,10 @@ import triton.language as tl
 
 from .primitives import (
     LEAST,
+    draws_of,
     dropout_keeps,
+    generator_of,
     head_ptr,
-    is_kept,
     load_rows,
     mask_of,
     softmax_end,
@@ -15,74 +16,17 @@ from .primitives import (
     softmax_step,
     store_rows,
 )
-
-# Keys whose visibility is looked up at once where the ends of a range are searched for tokens.
-_SCAN = tl.constexpr(256)
-
-
-@triton.jit
-def _find_keys(offs_n, stop, source, KIND: tl.constexpr, V: tl.constexpr):
-    """The rows where keys ``offs_n`` lie, and which of them can be read.
-
-    KIND is "token", and ``offs_n`` are positions of the sequence, or V.sparsity, and they are slots.
-    """
-    _, index_ptr, head, num_tokens = source
-    inside = offs_n < stop
-    if KIND == "token" or KIND == "compressed":
-        return offs_n, inside
-    elif KIND == "indexed":
-        tokens = tl.load(index_ptr + offs_n, mask=inside, other=-1)
-        return V.num_globals + tokens, (tokens >= 0) & (tokens < num_tokens)
-    else:
-        if KIND == "stride":
-            tokens = offs_n * V.factor + head % V.factor
-        else:  # block_stride
-            tokens = offs_n // V.step * V.block + (head * V.step + offs_n % V.step) % V.block
-        return V.num_globals + tokens, inside & (tokens < num_tokens)
-
-
-@triton.jit
-def _are_visible(offs_n, rows, readable, source, KIND: tl.constexpr, V: tl.constexpr):
-    """Which keys that can be read are tokens, or slots that are kept."""
-    mask_row, index_ptr, _, _ = source
-    if KIND == "compressed":
-        return tl.load(index_ptr + offs_n, mask=readable, other=-1) >= 0
-    elif KIND == "indexed":
-        return readable
-    else:
-        return is_kept(mask_row, rows, readable, V)
-
-
-@triton.jit
-def _trim(start, stop, source, KIND: tl.constexpr, V: tl.constexpr):
-    """Keys [start, stop) from the first visible one to the last, and whether some between them are not visible.
-
-    So tiles of padding at either end are never read, and nearly always the others need no look at the mask.
-    """
-    if V.has_mask or KIND != "token":
-        first, last, count = stop, 0, 0
-        for at in tl.range(start, stop, _SCAN):
-            offs_n = at + tl.arange(0, _SCAN)
-            rows, readable = _find_keys(offs_n, stop, source, KIND, V)
-            visible = _are_visible(offs_n, rows, readable, source, KIND, V)
-            first = tl.minimum(first, tl.min(tl.where(visible, offs_n, stop), 0))
-            last = tl.maximum(last, tl.max(tl.where(visible, offs_n + 1, 0), 0))
-            count += tl.sum(visible.to(tl.int32), 0)
-        return first, last, count < last - first
-    else:
-        return start, stop, False
-
-
-@triton.jit
-def _in_windows(row_block, offs_n, KIND: tl.constexpr, V: tl.constexpr):
-    """Which keys the block of each row sees, (BLOCK_M, BLOCK_N)."""
-    row_block = row_block[:, None]
-    if KIND == "token":
-        return tl.abs(row_block - ((offs_n - V.num_globals) // V.block)[None, :]) <= 1
-    else:
-        left = (row_block - 1) * V.step - offs_n[None, :]  # above 0: left of the local window
-        right = offs_n[None, :] - (row_block + 2) * V.step  # 0 or more: right of it
-        return ((left > 0) & (left <= V.reach)) | ((right >= 0) & (right < V.reach))
+from .windows import (
+    global_keys,
+    index_of,
+    key_columns,
+    load_keys,
+    locate_keys,
+    num_tiles,
+    slots_seen,
+    tokens_seen,
+    trim,
+)
 
 
 @triton.jit
@@ -92,64 +36,41 @@ def _attend(
 ):  # fmt: skip
     """Take the keys of two ranges, ``near`` and ``far``, into the softmax ``state`` of a tile of queries.
 
-    A range is (start, stop, whether it has gaps). WINDOWED: the tile's rows lie in several blocks, each of which has
-    windows of its own within the ranges.
+    WINDOWED: the tile's rows lie in several blocks, each of which has windows of its own within the ranges.
     """
-    k_ptr, v_ptr, k_strides, v_strides = keys
     offs_d = tl.arange(0, q.shape[1])
-    near_tiles = tl.cdiv(tl.maximum(near[1] - near[0], 0), BLOCK_N)
-    tiles = near_tiles + tl.cdiv(tl.maximum(far[1] - far[0], 0), BLOCK_N)
+    near_tiles, tiles = num_tiles(near, far, BLOCK_N)
     for tile in tl.range(0, tiles):
-        is_near = tile < near_tiles
-        start = tl.where(is_near, near[0], far[0] - near_tiles * BLOCK_N) + tile * BLOCK_N
-        stop = tl.where(is_near, near[1], far[1])
-        offs_n = start + tl.arange(0, BLOCK_N)
-        rows, readable = _find_keys(offs_n, stop, source, KIND, V)
-        k = load_rows(k_ptr, k_strides, rows, readable, offs_d, V.head_dim)  # (BLOCK_N, BLOCK_D)
-        v = load_rows(v_ptr, v_strides, rows, readable, offs_d, V.head_dim)
-        visible = offs_n < stop
-        if tl.where(is_near, near[2], far[2]):
-            visible = _are_visible(offs_n, rows, readable, source, KIND, V)
-        visible = visible[None, :]
-        if WINDOWED:
-            visible = visible & _in_windows(row_block, offs_n, KIND, V)
+        offs_n, k, v, visible = load_keys(
+            tile, near_tiles, near, far, row_block, keys, source, offs_d, KIND, WINDOWED, V, BLOCK_N
+        )
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         scores = tl.where(visible, scores, float("-inf"))
         keeps = None
-        if V.has_dropout:  # a token's column is its position; those of slots come after the sequence
-            columns = offs_n if KIND == "token" else V.num_globals + source[3] + offs_n
-            keeps = dropout_keeps(draws, columns, q.shape[0])
+        if V.has_dropout:
+            keeps = dropout_keeps(draws, key_columns(offs_n, source, KIND, V), q.shape[0], False)
         state = softmax_step(state, scores, v, keeps, scale_log2)
     return state
 
 
 @triton.jit
-def _draws(dropout, batch_head, row_group, num_tokens, columns, BLOCK_M: tl.constexpr, V: tl.constexpr):
-    """What dropout, if there is any, draws with in BLOCK_M rows: seed, threshold, each group of four rows' counter."""
-    seed, threshold = dropout
-    groups = (V.num_globals + 3) // 4 + tl.cdiv(num_tokens, 4)  # of a head: globals and tokens start their own
-    group = batch_head * groups + row_group + tl.arange(0, BLOCK_M // 4)
-    return seed, threshold, group * columns
-
-
-@triton.jit
 def _global_tile(
-    first_row, start, stop, q_ptr, q_strides, tokens, source, dropout, batch_head, columns, scale_log2,
+    first_row, start, stop, q_ptr, q_strides, tokens, source, generator, scale_log2,
     V: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_G global queries over positions [start, stop): their output and log-sum-exp."""
     offs_m, offs_d = first_row + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     q = load_rows(q_ptr, q_strides, offs_m, offs_m < V.num_globals, offs_d, V.head_dim)  # (BLOCK_G, BLOCK_D)
-    draws = _draws(dropout, batch_head, first_row // 4, source[3], columns, BLOCK_G, V)
+    draws = draws_of(generator, first_row // 4, BLOCK_G)
     state = softmax_start(BLOCK_G, BLOCK_D)
-    near, far = _trim(start, stop, source, "token", V), (0, 0, False)
+    near, far = trim(start, stop, source, "token", V), (0, 0, False)
     state = _attend(state, q, None, tokens, source, draws, scale_log2, near, far, "token", False, V, BLOCK_N)
     return softmax_end(state, scale_log2)
 
 
 @triton.jit
 def _token_tile(
-    first_row, q_ptr, q_strides, tokens, slots, num_slots, source, dropout, batch_head, columns, scale_log2,
+    first_row, q_ptr, q_strides, tokens, slots, num_slots, source, generator, scale_log2,
     V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M tokens from ``first_row`` over all that they see: their output and log-sum-exp."""
@@ -159,29 +80,25 @@ def _token_tile(
     num_tokens = source[3]
     offs_m, offs_d = first_row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     q = load_rows(q_ptr, q_strides, G + offs_m, offs_m < num_tokens, offs_d, V.head_dim)  # (BLOCK_M, BLOCK_D)
-    draws = _draws(dropout, batch_head, (G + 3) // 4 + first_row // 4, num_tokens, columns, BLOCK_M, V)
+    draws = draws_of(generator, (G + 3) // 4 + first_row // 4, BLOCK_M)
     row_block = offs_m // V.block
     first, last = first_row // V.block, (tl.minimum(first_row + BLOCK_M, num_tokens) - 1) // V.block
     state = softmax_start(BLOCK_M, BLOCK_D)
+    none = (0, 0, False)
     # 1. The globals.
     if G > 0:
-        near, far = (0, G, V.has_mask), (0, 0, False)
         FEW: tl.constexpr = BLOCK_G if BLOCK_G < BLOCK_N else BLOCK_N
-        state = _attend(state, q, None, tokens, source, draws, scale_log2, near, far, "token", False, V, FEW)
-    # 2. The slots left and right of the local windows; between those of several blocks there may be no gap.
+        near = global_keys(V)
+        state = _attend(state, q, None, tokens, source, draws, scale_log2, near, none, "token", False, V, FEW)
+    # 2. The slots.
     if SPARSITY != "none":
-        left_stop = tl.maximum((last - 1) * V.step, 0)
-        right_start = tl.maximum((first + 2) * V.step, left_stop)
-        right_stop = tl.minimum((last + 2) * V.step + V.reach, num_slots)
-        near = _trim(tl.maximum((first - 1) * V.step - V.reach, 0), left_stop, source, SPARSITY, V)
-        far = _trim(right_start, right_stop, source, SPARSITY, V)
+        near, far = slots_seen(first, last, num_slots, source, V)
         state = _attend(
             state, q, row_block, slots, source, draws, scale_log2, near, far, SPARSITY, WINDOWED, V, BLOCK_N
         )
     # 3. The local windows.
-    start, stop = tl.maximum(first - 1, 0) * V.block, tl.minimum((last + 2) * V.block, num_tokens)
-    near, far = _trim(G + start, G + stop, source, "token", V), (0, 0, False)
-    state = _attend(state, q, row_block, tokens, source, draws, scale_log2, near, far, "token", WINDOWED, V, BLOCK_N)
+    near = tokens_seen(first, last, source, V)
+    state = _attend(state, q, row_block, tokens, source, draws, scale_log2, near, none, "token", WINDOWED, V, BLOCK_N)
     return softmax_end(state, scale_log2)
 
 
@@ -202,7 +119,6 @@ def _lsg_fwd_kernel(
     Grid: batch * heads * (cdiv(G, BLOCK_G) * num_parts + cdiv(num_tokens, BLOCK_M)); the globals of a head come first.
     Writes the tokens' rows of ``out`` (batch, heads, G+T, head_dim) and ``lse`` (batch, heads, G+T) float32, and the
     globals' ``part`` (batch * heads, num_parts, G, head_dim) and ``part_lse`` (batch * heads, num_parts, G), float32.
-    ``index`` (batch, heads, slots) int32: a slot's token for "indexed", below 0 for a slot that is not kept.
     """
     # 1. Locate the head and the tile.
     GLOBAL_TILES: tl.constexpr = (V.num_globals + BLOCK_G - 1) // BLOCK_G
@@ -212,18 +128,12 @@ def _lsg_fwd_kernel(
     batch_head, program = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
     batch, head = batch_head // num_heads, (batch_head % num_heads).to(tl.int32)
     q_ptr = head_ptr(q_ptr, q_strides, batch, head)
-    tokens = (head_ptr(k_ptr, k_strides, batch, head), head_ptr(v_ptr, v_strides, batch, head), k_strides, v_strides)
-    slots = tokens
+    tokens, slots = locate_keys(
+        k_ptr, v_ptr, sparse_k_ptr, sparse_v_ptr, k_strides, v_strides, sparse_strides, batch, head, V
+    )
     mask_row = mask_of(mask_ptr, mask_batch_stride, mask_stride, batch, V)
-    if V.sparsity == "indexed" or V.sparsity == "compressed":
-        index_ptr += batch_head * num_slots
-    if V.sparsity == "compressed":
-        sparse_k_ptr = head_ptr(sparse_k_ptr, sparse_strides, batch, head)
-        sparse_v_ptr = head_ptr(sparse_v_ptr, sparse_strides, batch, head)
-        slots = (sparse_k_ptr, sparse_v_ptr, sparse_strides, sparse_strides)
-    source = (mask_row, index_ptr, head, num_tokens)
-    dropout = (seed, threshold)
-    columns = (length + num_slots).to(tl.int64)
+    source = (mask_row, index_of(index_ptr, batch_head, num_slots, V), head, num_tokens)
+    generator = generator_of(seed, threshold, batch_head, num_tokens, num_slots, V)
     offs_d = tl.arange(0, BLOCK_D)
 
     if program < global_programs:
@@ -231,7 +141,7 @@ def _lsg_fwd_kernel(
         part, row = program // GLOBAL_TILES, program % GLOBAL_TILES * BLOCK_G
         start, stop = part * part_size, tl.minimum((part + 1) * part_size, length)
         part_out, part_lse = _global_tile(
-            row, start, stop, q_ptr, q_strides, tokens, source, dropout, batch_head, columns, scale_log2,
+            row, start, stop, q_ptr, q_strides, tokens, source, generator, scale_log2,
             V, BLOCK_G, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         offs_g = row + tl.arange(0, BLOCK_G)
@@ -243,7 +153,7 @@ def _lsg_fwd_kernel(
         # 3. Tokens: the whole softmax.
         row = (program - global_programs) * BLOCK_M
         out, lse = _token_tile(
-            row, q_ptr, q_strides, tokens, slots, num_slots, source, dropout, batch_head, columns, scale_log2,
+            row, q_ptr, q_strides, tokens, slots, num_slots, source, generator, scale_log2,
             V, BLOCK_M, BLOCK_N, BLOCK_G, BLOCK_D,
         )  # fmt: skip
         offs_m = V.num_globals + row + tl.arange(0, BLOCK_M)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-_LN2 = tl.constexpr(0.6931471805599453)
+LN2 = tl.constexpr(0.6931471805599453)
 # Where a row's maximum starts: finite, so that a row that has seen nothing never computes inf - inf.
 LEAST = tl.constexpr(-3.0e38)
 
@@ -44,7 +44,7 @@ def mask_of(mask_ptr, batch_stride, stride, batch, V: tl.constexpr):
     if V.has_mask:
         return mask_ptr + batch.to(tl.int64) * batch_stride, stride
     else:
-        return mask_ptr, 0
+        return 0, 0  # as a function can not return the None that mask_ptr is
 
 
 @triton.jit
@@ -97,20 +97,59 @@ def softmax_end(state, scale_log2):
     """
     acc, row_max, row_sum = state
     empty = row_sum == 0.0
-    lse = (row_max * scale_log2 + tl.log2(row_sum)) * _LN2
+    lse = (row_max * scale_log2 + tl.log2(row_sum)) * LN2
     return acc / tl.where(empty, 1.0, row_sum)[:, None], tl.where(empty, float("inf"), lse)
 
 
 @triton.jit
-def dropout_keeps(draws, columns, BLOCK_M: tl.constexpr):
-    """Which probabilities of a tile (BLOCK_M, len(columns)) are kept, each with probability 1 - threshold / 2^31.
+def score_gradients(scores, dprobs, lse_log2, delta, keeps, scale_log2, kept_scale):
+    """The probabilities that dropout keeps, unscaled, and the gradients of the scaled scores of a tile.
+
+    p = exp(score - lse) and dscore = p (dp - delta), delta the sum of out * dout (arXiv 2307.08691, algorithm 2).
+    dprobs: dout times values; keeps: as for :func:`softmax_step`; lse_log2 and delta broadcast to the tile.
+    """
+    probs = tl.exp2(scores * scale_log2 - lse_log2)
+    kept_probs = probs
+    if keeps is not None:
+        kept_probs = tl.where(keeps, probs, 0.0)
+        dprobs = tl.where(keeps, dprobs * kept_scale, 0.0)
+    return kept_probs, probs * (dprobs - delta)
+
+
+@triton.jit
+def generator_of(seed, threshold, batch_head, num_tokens, num_slots, V: tl.constexpr):
+    """What dropout draws with in one head: seed, threshold, the head's first counter, counters of a group of rows.
+
+    A group is four queries, of the globals or of the tokens, which start their own; each column of it is a counter.
+    """
+    groups = (V.num_globals + 3) // 4 + tl.cdiv(num_tokens, 4)
+    columns = (V.num_globals + num_tokens + num_slots).to(tl.int64)
+    return seed, threshold, batch_head * groups * columns, columns
+
+
+@triton.jit
+def draws_of(generator, group, ROWS: tl.constexpr):
+    """What dropout draws with in ROWS rows from ``group`` on: seed, threshold, each group's first counter."""
+    seed, threshold, first, columns = generator
+    return seed, threshold, first + (group + tl.arange(0, ROWS // 4)) * columns
+
+
+@triton.jit
+def dropout_keeps(draws, columns, ROWS: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Which probabilities of a tile (ROWS, columns) are kept, each with probability 1 - threshold / 2^31.
 
     Philox (Salmon et al., SC 2011) counted by head, group of four query rows, and key column: no draw depends on the
     sizes of tiles. A counter's four words go to the four rows of its group, as tiles start at a multiple of four
-    rows but at any key. ``draws``: seed, threshold, each group's first counter (BLOCK_M // 4).
+    rows but at any key. ``draws``: from :func:`draws_of`. TRANSPOSED: the tile is (columns, ROWS).
     """
     seed, threshold, counters = draws
-    a, b, c, d = tl.randint4x(seed, counters[:, None] + columns[None, :])
-    words = tl.join(tl.join(a, b), tl.join(c, d))  # (BLOCK_M // 4, columns, 2, 2)
-    words = tl.reshape(tl.permute(words, (0, 3, 2, 1)), (BLOCK_M, columns.shape[0]))
+    COLUMNS: tl.constexpr = columns.shape[0]
+    if TRANSPOSED:
+        a, b, c, d = tl.randint4x(seed, columns[:, None] + counters[None, :])
+        words = tl.join(tl.join(a, b), tl.join(c, d))  # (columns, ROWS // 4, 2, 2)
+        words = tl.reshape(tl.permute(words, (0, 1, 3, 2)), (COLUMNS, ROWS))
+    else:
+        a, b, c, d = tl.randint4x(seed, counters[:, None] + columns[None, :])
+        words = tl.join(tl.join(a, b), tl.join(c, d))  # (ROWS // 4, columns, 2, 2)
+        words = tl.reshape(tl.permute(words, (0, 3, 2, 1)), (ROWS, COLUMNS))
     return (words.to(tl.uint32, bitcast=True) >> 1).to(tl.int32) >= threshold

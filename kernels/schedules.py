@@ -15,7 +15,7 @@ class Tuning(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Queries and keys of a tile of the attention kernel, and its tuning."""
+    """Rows that a program has results of, rows of the other side that it takes at a time, and its tuning."""
 
     block_m: int
     block_n: int
@@ -27,9 +27,11 @@ class Schedule(NamedTuple):
 COMBINE = Tuning(num_warps=4, num_stages=1)
 NORM = Tuning(num_warps=4, num_stages=1)
 POOL = Tuning(num_warps=4, num_stages=1)
+DELTA = Tuning(num_warps=4, num_stages=1)
+WEIGHTS = Tuning(num_warps=4, num_stages=1)
 
-# The attention kernel, by (largest head_dim, with dropout): rows of 16-bit types for a kind of GPU, then of float32,
-# whose products are made without tensor cores.
+# The attention kernel and its backward, by (largest head_dim, with dropout): rows of 16-bit types for a kind of GPU,
+# then of float32, whose products are made without tensor cores.
 _HOPPER = {
     (64, False): Schedule(128, 64, Tuning(4, 3)),
     (64, True): Schedule(64, 64, Tuning(4, 2)),  # 128 rows spill 600 bytes: philox needs the registers
@@ -75,6 +77,61 @@ _FLOAT32_AMD = _FLOAT32 | {
 }
 
 
+# 128 rows with two gradients each take all registers of 8 warps, and 4 spill.
+_BACKWARD_HOPPER = {
+    (64, False): Schedule(64, 64, Tuning(4, 2)),  # a third stage spills 96 bytes
+    (64, True): Schedule(64, 64, Tuning(4, 2)),
+    (128, False): Schedule(64, 32, Tuning(8, 2)),  # 64 of the other side spill 136 bytes, 4 warps 880
+    (128, True): Schedule(32, 32, Tuning(4, 2)),  # 64 rows spill 228 bytes
+    (256, False): Schedule(32, 32, Tuning(8, 2)),  # 4 warps spill 400 bytes
+    (256, True): Schedule(32, 32, Tuning(8, 2)),
+}
+_BACKWARD_BLACKWELL = _BACKWARD_HOPPER | {
+    (128, True): Schedule(64, 32, Tuning(8, 2)),
+}
+_BACKWARD_AMPERE = _BACKWARD_HOPPER | {
+    (64, False): Schedule(64, 32, Tuning(4, 2)),  # 64 of the other side spill 76 bytes
+    (64, True): Schedule(32, 32, Tuning(4, 2)),  # 64 rows spill 116 bytes, or with 8 warps are one block
+    (128, True): Schedule(64, 32, Tuning(8, 2)),
+}
+_BACKWARD_SMALL_BLACKWELL = _BACKWARD_AMPERE | {
+    (64, False): Schedule(32, 32, Tuning(4, 2)),  # 64 rows spill 116 bytes
+    (128, True): Schedule(32, 32, Tuning(4, 2)),  # 64 rows spill 68 bytes
+}
+_BACKWARD_AMD = {
+    (64, False): Schedule(64, 16, Tuning(4, 2)),  # 32 of the other side: one block instead of three
+    (64, True): Schedule(64, 16, Tuning(4, 2)),
+    (128, False): Schedule(64, 16, Tuning(4, 2)),
+    (128, True): Schedule(64, 16, Tuning(4, 2)),
+    (256, False): Schedule(32, 16, Tuning(4, 2)),
+    (256, True): Schedule(32, 16, Tuning(4, 2)),
+}
+_BACKWARD_FLOAT32 = {
+    (64, False): Schedule(32, 32, Tuning(8, 2)),
+    (64, True): Schedule(32, 32, Tuning(8, 2)),
+    (128, False): Schedule(32, 16, Tuning(8, 2)),
+    (128, True): Schedule(32, 16, Tuning(8, 2)),  # 32 of the other side spill 80 bytes
+    (256, False): Schedule(16, 16, Tuning(8, 2)),
+    (256, True): Schedule(16, 16, Tuning(8, 2)),
+}
+_BACKWARD_FLOAT32_AMPERE = _BACKWARD_FLOAT32 | {
+    (128, False): Schedule(16, 16, Tuning(4, 2)),  # with 32 rows ptxas spills 124 bytes to fit a third block
+}
+_BACKWARD_FLOAT32_AMD = _BACKWARD_AMD | {
+    (64, False): Schedule(32, 16, Tuning(4, 2)),  # 32 of the other side: one block instead of two
+    (64, True): Schedule(32, 16, Tuning(4, 2)),
+    (128, False): Schedule(32, 16, Tuning(4, 2)),
+    (128, True): Schedule(32, 16, Tuning(4, 2)),
+}
+
+
+class _Kind(NamedTuple):
+    """The rows of one kind of GPU and dtype."""
+
+    forward: dict[tuple[int, bool], Schedule]
+    backward: dict[tuple[int, bool], Schedule]
+
+
 def target_of(device: torch.device) -> str:
     """The name of a CUDA or ROCm device's architecture: ``"sm_90"``, ``"gfx942"``."""
     if torch.version.hip:
@@ -90,11 +147,17 @@ def forward_schedule(target: str, dtype: torch.dtype, head_dim: int, block_size:
     While a block is smaller than a tile's rows they are halved, down to 64: rows of several blocks read the windows of
     them all.
     """
-    rows = _rows_of(target, dtype == torch.float32)
+    rows = _kind_of(target, dtype == torch.float32).forward
     schedule = rows[next(limit for limit in (64, 128, 256) if head_dim <= limit), has_dropout]
     while schedule.block_m > 64 and schedule.block_m > block_size:
         schedule = schedule._replace(block_m=schedule.block_m // 2)
     return schedule
+
+
+def backward_schedule(target: str, dtype: torch.dtype, head_dim: int, has_dropout: bool) -> Schedule:
+    """The tile sizes of the backward: ``block_m`` queries or keys with gradients, ``block_n`` of the other side."""
+    rows = _kind_of(target, dtype == torch.float32).backward
+    return rows[next(limit for limit in (64, 128, 256) if head_dim <= limit), has_dropout]
 
 
 def lsh_tuning(target: str) -> Tuning:
@@ -102,16 +165,18 @@ def lsh_tuning(target: str) -> Tuning:
     return Tuning(num_warps=4 if target.startswith("gfx") else 8, num_stages=1)
 
 
-def _rows_of(target: str, is_float32: bool) -> dict[tuple[int, bool], Schedule]:
+def _kind_of(target: str, is_float32: bool) -> _Kind:
     if target.startswith("gfx"):
-        return _FLOAT32_AMD if is_float32 else _AMD
-    if is_float32:
-        return _FLOAT32
+        return _Kind(_FLOAT32_AMD, _BACKWARD_FLOAT32_AMD) if is_float32 else _Kind(_AMD, _BACKWARD_AMD)
     capability = int(target.removeprefix("sm_"))
     if capability in (80, 87):
-        return _AMPERE
+        return _Kind(_FLOAT32, _BACKWARD_FLOAT32_AMPERE) if is_float32 else _Kind(_AMPERE, _BACKWARD_AMPERE)
+    if is_float32:
+        return _Kind(_FLOAT32, _BACKWARD_FLOAT32)
     if 90 <= capability < 100:
-        return _HOPPER
+        return _Kind(_HOPPER, _BACKWARD_HOPPER)
     if 100 <= capability < 120:
-        return _BLACKWELL
-    return _SMALL_BLACKWELL if capability >= 120 else _SMALL  # fits what is not known here, too
+        return _Kind(_BLACKWELL, _BACKWARD_BLACKWELL)
+    if capability >= 120:
+        return _Kind(_SMALL_BLACKWELL, _BACKWARD_SMALL_BLACKWELL)
+    return _Kind(_SMALL, _BACKWARD_AMPERE)  # fits what is not known here, too

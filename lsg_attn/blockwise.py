@@ -29,15 +29,19 @@ def blockwise_attention(
 
     ``seed``: of the dropout masks; drawn from PyTorch's generator by default.
     """
-    first = pattern.num_global_tokens
-    with torch.no_grad():
-        tokens = Tokens(query[:, :, first:], key[:, :, first:], keep[:, first:], scale, projections)
-        compression = compress(pattern, tokens)
-    if seed is None:
-        seed = int(torch.randint(1 << 62, (), device="cpu")) if dropout_p else 0
-    call = _Call(pattern, scale, dropout_p, seed, torch.get_num_threads())
-    out: Tensor = _BlockwiseAttention.apply(query, key, value, keep, call, *_tensors(compression))  # type: ignore[no-untyped-call]
+    call = _call(query, pattern, dropout_p, scale, seed)
+    maps = _tensors(_compress(query, key, keep, call, projections))
+    out: Tensor = _BlockwiseAttention.apply(query, key, value, keep, call, *maps)  # type: ignore[no-untyped-call]
     return out
+
+
+def blockwise_backward(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, keep: Tensor, pattern: LSGPattern, dropout_p: float,
+    scale: float, projections: tuple[Tensor, ...] | None, seed: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of query, key and value of :func:`blockwise_attention` with these arguments, from that of out."""
+    call = _call(query, pattern, dropout_p, scale, seed)
+    return _backward(dout, query, key, value, keep, _compress(query, key, keep, call, projections), call)
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,23 @@ class _Call:
     dropout_p: float
     seed: int  # of the dropout masks, which forward and backward draw in the order of the sweep
     threads: int  # which decide that order, and may change before backward
+
+
+def _call(query: Tensor, pattern: LSGPattern, dropout_p: float, scale: float, seed: int | None) -> _Call:
+    if seed is None:
+        drawn = int(torch.randint(1 << 62, (), device="cpu")) if dropout_p else 0
+        return _Call(pattern, scale, dropout_p, drawn, torch.get_num_threads())
+    # Who gives the seed may call again with other threads, and must get the same masks: all heads are one part then.
+    return _Call(pattern, scale, dropout_p, seed, query.shape[1] if dropout_p else torch.get_num_threads())
+
+
+def _compress(
+    query: Tensor, key: Tensor, keep: Tensor, call: _Call, projections: tuple[Tensor, ...] | None
+) -> Compression | None:
+    first = call.pattern.num_global_tokens
+    with torch.no_grad():
+        tokens = Tokens(query[:, :, first:], key[:, :, first:], keep[:, first:], call.scale, projections)
+        return compress(call.pattern, tokens)
 
 
 def _tensors(compression: Compression | None) -> tuple[Tensor | None, ...]:
@@ -87,32 +108,38 @@ class _BlockwiseAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, keep, *maps = ctx.saved_tensors
-        call: _Call = ctx.call
-        dquery, dkey, dvalue = (torch.empty_like(x) for x in (query, key, value))
-        sweep = Sweep(query, key, value, keep, _compression(maps), call.pattern, call.threads)
-        probabilities = _Probabilities(call, sweep)
-        work = sweep.work
-        for part in sweep.parts():
-            drows = work.empty("drows", *part.rows.shape, dtype=sweep.sum_dtype).zero_()
-            for tile in sweep.tiles(part):
-                query_tile = sweep.load(tile, "query", part.query)
-                dout_tile = sweep.load(tile, "dout", part.of(dout))
-                probs = probabilities.of(tile, query_tile)
-                mask = probabilities.dropout_mask(probs)
-                dprobs = work.matmul("dprobs", dout_tile, tile.value.mT)
-                dropped = probs
-                if mask is not None:
-                    dprobs.mul_(mask)
-                    dropped = mask.mul_(probs)
-                dwindow = work.empty("dwindow", 2, *tile.key.shape)  # of key, value
-                matmul_out(dwindow[1], dropped.mT, dout_tile)
-                # dscores = probs * (dprobs - rowsum(probs * dprobs)), in place
-                dscores = torch.ops.aten._softmax_backward_data.out(dprobs, probs, -1, probs.dtype, grad_input=dprobs)
-                matmul_out(dwindow[0], dscores.mT, query_tile, call.scale)
-                tile.scatter_add(dwindow, drows)
-                tile.store(work.matmul("out", dscores, tile.key, call.scale), part.of(dquery))
-            sweep.finish(part, drows, dquery, dkey, dvalue, call.scale)
-        return dquery, dkey, dvalue, *(None for _ in range(2 + len(maps)))
+        grads = _backward(dout, query, key, value, keep, _compression(maps), ctx.call)
+        return *grads, *(None for _ in range(2 + len(maps)))
+
+
+def _backward(
+    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, keep: Tensor, compression: Compression | None, call: _Call
+) -> tuple[Tensor, Tensor, Tensor]:
+    dquery, dkey, dvalue = (torch.empty_like(x) for x in (query, key, value))
+    sweep = Sweep(query, key, value, keep, compression, call.pattern, call.threads)
+    probabilities = _Probabilities(call, sweep)
+    work = sweep.work
+    for part in sweep.parts():
+        drows = work.empty("drows", *part.rows.shape, dtype=sweep.sum_dtype).zero_()
+        for tile in sweep.tiles(part):
+            query_tile = sweep.load(tile, "query", part.query)
+            dout_tile = sweep.load(tile, "dout", part.of(dout))
+            probs = probabilities.of(tile, query_tile)
+            mask = probabilities.dropout_mask(probs)
+            dprobs = work.matmul("dprobs", dout_tile, tile.value.mT)
+            dropped = probs
+            if mask is not None:
+                dprobs.mul_(mask)
+                dropped = mask.mul_(probs)
+            dwindow = work.empty("dwindow", 2, *tile.key.shape)  # of key, value
+            matmul_out(dwindow[1], dropped.mT, dout_tile)
+            # dscores = probs * (dprobs - rowsum(probs * dprobs)), in place
+            dscores = torch.ops.aten._softmax_backward_data.out(dprobs, probs, -1, probs.dtype, grad_input=dprobs)
+            matmul_out(dwindow[0], dscores.mT, query_tile, call.scale)
+            tile.scatter_add(dwindow, drows)
+            tile.store(work.matmul("out", dscores, tile.key, call.scale), part.of(dquery))
+        sweep.finish(part, drows, dquery, dkey, dvalue, call.scale)
+    return dquery, dkey, dvalue
 
 
 class _Probabilities:

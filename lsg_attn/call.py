@@ -87,7 +87,8 @@ _SPARSITY = {
 }
 
 
-# Blocks and reaches of this many tokens are longer than any sequence, and what is added to them stays below 2^31.
+# Blocks of this many tokens and reaches of this many slots are longer than any sequence, and what is added to them, not
+# multiplied by them, stays below 2^31.
 _FAR = 1 << 29
 
 
@@ -110,7 +111,7 @@ def variant_of(call: Call) -> Variant:
 
 
 class Results(NamedTuple):
-    """What a forward returns: the output, and what a backward needs besides the inputs.
+    """What the kernels of a forward write.
 
     Attributes:
         out: (batch, heads, G+T, head_dim) of query's dtype; (batch, G+T, heads, head_dim) in memory, as an output
@@ -133,21 +134,49 @@ class Results(NamedTuple):
     slot: Tensor
 
 
+class Saved(NamedTuple):
+    """The results that a backward needs besides the inputs. What else there is, it makes again.
+
+    Attributes:
+        out, lse: as in :class:`Results`.
+        choice: what took time to choose: ``slot_index`` of ``norm``, ``slot`` of ``lsh``. Else empty.
+    """
+
+    out: Tensor
+    lse: Tensor
+    choice: Tensor
+
+
+def to_save(call: Call, results: Results) -> Saved:
+    """What to keep of the results of ``call``."""
+    return Saved(results.out, results.lse, results.slot_index if call.compression == "norm" else results.slot)
+
+
 def allocate(call: Call) -> Results:
     """Uninitialised results of ``call``, on its device."""
     batch, heads, length, head_dim = call.query.shape
-    sparsity = _SPARSITY[call.compression]
-    slots = call.num_slots if sparsity in ("indexed", "compressed") else 0
-    rows = call.num_slots if sparsity == "compressed" else 0
-    weights = call.num_tokens if sparsity == "compressed" else 0
-    members = call.num_tokens if call.compression == "lsh" else 0
+    chosen = {"norm": call.num_slots, "lsh": call.num_tokens}.get(call.compression, 0)
     new = call.query.new_empty
-    return Results(
+    saved = Saved(
         out=new(batch, length, heads, head_dim).transpose(1, 2),
         lse=new(batch, heads, length, dtype=torch.float32),
-        slot_index=new(batch, heads, slots, dtype=torch.int32),
-        sparse_key=new(batch, heads, rows, head_dim),
-        sparse_value=new(batch, heads, rows, head_dim),
-        weight=new(batch, heads, weights, dtype=torch.float32),
-        slot=new(batch, heads, members, dtype=torch.int32),
+        choice=new(batch, heads, chosen, dtype=torch.int32),
+    )
+    return restore(call, saved)
+
+
+def restore(call: Call, saved: Saved) -> Results:
+    """The results of ``call`` that ``saved`` was kept of; the others are uninitialised."""
+    batch, heads, _, head_dim = call.query.shape
+    is_compressed = _SPARSITY[call.compression] == "compressed"
+    slots, tokens = (call.num_slots, call.num_tokens) if is_compressed else (0, 0)
+    new = call.query.new_empty
+    return Results(
+        out=saved.out,
+        lse=saved.lse,
+        slot_index=saved.choice if call.compression == "norm" else new(batch, heads, slots, dtype=torch.int32),
+        sparse_key=new(batch, heads, slots, head_dim),
+        sparse_value=new(batch, heads, slots, head_dim),
+        weight=new(batch, heads, tokens, dtype=torch.float32),
+        slot=saved.choice if call.compression == "lsh" else new(batch, heads, 0, dtype=torch.int32),
     )

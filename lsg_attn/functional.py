@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .blockwise import blockwise_attention
 from .checks import number, probability, type_name
-from .fused import fused_attention, obstacles, wants_gradient
+from .fused import fused_attention, obstacles
 from .masking import check_mask, full_mask
 from .pattern import LSGPattern
 from .reference import reference_attention
@@ -33,8 +33,9 @@ def lsg_attention(
 ) -> Tensor:
     """Local + Sparse + Global attention (arXiv 2210.15497): one softmax over a window, compressed and global keys.
 
-    Differentiable in query, key and value: once and by reverse mode with ``"torch"``; twice, and by ``torch.func``,
-    with ``"reference"``. The choice that ``norm``, ``lsh``, ``stride`` and ``block_stride`` make has no gradient.
+    Differentiable in query, key and value: once and by reverse mode with ``"triton"`` and ``"torch"``; twice, and by
+    ``torch.func``, with ``"reference"``. The choice that ``norm``, ``lsh``, ``stride`` and ``block_stride`` make has no
+    gradient.
 
     Args:
         query, key, value: (batch, heads, G+T, head_dim), of one device and one dtype out of float64, float32,
@@ -48,12 +49,11 @@ def lsg_attention(
             A query that sees nothing gives 0.
         dropout_p: probability, in [0, 1), that an attention probability is zeroed; the rest is scaled by 1/(1-p).
             It applies whenever it is not 0: pass 0 in evaluation. Seeded by ``torch.manual_seed``; from one seed,
-            implementations draw different masks, and until the kernels have a backward ``"auto"`` leaves dropout to
-            ``"torch"``.
+            implementations draw different masks.
         scale: factor of the scores (those of ``bos_pooling`` too); ``1/sqrt(head_dim)`` by default.
-        implementation: ``"triton"`` (fused kernels, on CUDA and ROCm devices, forward only in this version),
-            ``"torch"`` (block-wise), ``"reference"`` (a dense mask: slow, memory quadratic in length), or ``"auto"``,
-            the first of these that can run.
+        implementation: ``"triton"`` (fused kernels, on CUDA and ROCm devices), ``"torch"`` (block-wise),
+            ``"reference"`` (a dense mask: slow, memory quadratic in length), or ``"auto"``, the first of these that
+            can run.
         lsh_projections: for ``lsh``, the random directions of each round in order, each (heads, head_dim, m//2) for
             the round's m = ``pattern.lsh_buckets[i]`` buckets, instead of those of ``pattern.lsh_seed``.
 
@@ -87,7 +87,7 @@ def lsg_attention(
             stacklevel=2,
         )
     if implementation in ("auto", "triton"):
-        implementation = _choose(implementation, query, key, value, pattern, dropout_p, scale)
+        implementation = _choose(implementation, query, key, value, pattern, scale)
     if implementation == "operator":
         return fused_attention(query, key, value, attention_mask, pattern, dropout_p, scale, projections)
     with torch.autocast(query.device.type, enabled=False):  # the inputs' dtype is what is asked for
@@ -108,17 +108,14 @@ def check_implementation(implementation: str) -> None:
         raise ValueError(f"implementation: expected 'auto', 'triton', 'torch' or 'reference', got {implementation!r}")
 
 
-def _choose(
-    implementation: str, query: Tensor, key: Tensor, value: Tensor, pattern: LSGPattern, dropout_p: float, scale: float
-) -> str:
+def _choose(implementation: str, query: Tensor, key: Tensor, value: Tensor, pattern: LSGPattern, scale: float) -> str:
     """What "auto" and "triton" come to: "operator", or "torch" where "auto" has to do without the kernels."""
     reasons = obstacles(query, key, value, pattern, scale)
     if reasons and implementation == "triton":
         raise ValueError(f"implementation='triton' can not run: {'; '.join(reasons)}; use 'auto' or 'torch'")
-    if torch.compiler.is_compiling() and not query.is_cuda and not wants_gradient(query, key, value):
+    if torch.compiler.is_compiling() and not query.is_cuda:
         return "operator"  # runs the block-wise code on a CPU; one node of a graph, where that would be many
-    # Reentrant checkpointing runs without gradients first, and again with them: both must drop the same.
-    return "torch" if reasons or (implementation == "auto" and dropout_p) else "operator"
+    return "torch" if reasons else "operator"
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

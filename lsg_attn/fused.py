@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from .blockwise import blockwise_attention
-from .call import Call, allocate
+from .blockwise import blockwise_attention, blockwise_backward
+from .call import Call, Saved, allocate, to_save
 from .compression import lsh_directions
 from .masking import full_mask
 from .pattern import LSGPattern
@@ -21,11 +21,13 @@ _LEAST_CAPABILITY = (8, 0)
 _MOST_HEAD_DIM = 256
 _MOST_GLOBALS = 512
 _MOST_HASHED = 128
-_SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor? attention_mask, Tensor? seed, Tensor[] projections, "
+_OPTIONS = (
     "float dropout_p, float scale, int block_size, int sparse_block_size, int sparsity_factor, str sparsity_type, "
-    "int num_global_tokens, int lsh_num_pre_rounds, int lsh_seed) -> Tensor[]"
+    "int num_global_tokens, int lsh_num_pre_rounds, int lsh_seed"
 )
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attention_mask, Tensor? seed, Tensor[] projections"
+_SCHEMA = f"({_INPUTS}, {_OPTIONS}) -> Tensor[]"
+_BACKWARD_SCHEMA = f"(Tensor dout, Tensor[] results, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
 _HAS_TRITON = find_spec("triton") is not None
 
 
@@ -49,17 +51,14 @@ def obstacles(query: Tensor, key: Tensor, value: Tensor, pattern: LSGPattern, sc
         reasons.append(f"lsh hashes chunks of {chunk} tokens, the kernels up to {_MOST_HASHED}")
     if scale <= 0:
         reasons.append(f"scale is {scale}, the kernels take one above 0")
-    if wants_gradient(query, key, value):
-        reasons.append("a gradient is asked for, and this version's kernels have no backward")
+    if has_tangent(query, key, value):
+        reasons.append("a gradient by forward mode is asked for, the kernels have those of reverse mode")
     return reasons
 
 
-def wants_gradient(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether autograd, in reverse or forward mode, will ask for a gradient of a call with these inputs."""
-    inputs = query, key, value
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
-        return True
-    return not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in inputs)
+def has_tangent(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether autograd's forward mode will ask for a gradient of a call with these inputs."""
+    return not torch.compiler.is_compiling() and any(unpack_dual(x).tangent is not None for x in (query, key, value))
 
 
 def fused_attention(
@@ -92,17 +91,33 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, seed: Tensor | None,
     projections: list[Tensor], dropout_p: float, scale: float, *fields: Any,
 ) -> list[Tensor]:  # fmt: skip
-    """The operator: on a GPU the kernels, returning all of ``Results``; on a CPU the block-wise code, returning out."""
+    """The operator: on a GPU the kernels, returning what is ``Saved``; on a CPU the block-wise code, returning out."""
     pattern, draws = LSGPattern(*fields), 0 if seed is None else int(seed)
     if query.is_cuda:
         from .plan import launch_forward  # here, as importing lsg_attn does not import triton
 
         directions = _directions(pattern, projections, query) if pattern.compression == "lsh" else ()
         call = Call(query, key, value, attention_mask, pattern, dropout_p, draws, scale, directions)
-        return list(launch_forward(call))
+        return list(to_save(call, launch_forward(call)))
     keep, rounds = full_mask(attention_mask, query), tuple(projections) or None
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         return [blockwise_attention(query, key, value, keep, pattern, dropout_p, scale, rounds, draws)]
+
+
+def _attention_backward(
+    dout: Tensor, results: list[Tensor], query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    seed: Tensor | None, projections: list[Tensor], dropout_p: float, scale: float, *fields: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of query, key and value, from that of out and what the operator returned."""
+    pattern, draws = LSGPattern(*fields), 0 if seed is None else int(seed)
+    if query.is_cuda:
+        from .plan_backward import launch_backward
+
+        call = Call(query, key, value, attention_mask, pattern, dropout_p, draws, scale)
+        return launch_backward(call, Saved(*results), dout)
+    keep, rounds = full_mask(attention_mask, query), tuple(projections) or None
+    with torch.autocast(query.device.type, enabled=False):
+        return blockwise_backward(dout, query, key, value, keep, pattern, dropout_p, scale, rounds, draws)
 
 
 def _attention_fake(
@@ -110,8 +125,37 @@ def _attention_fake(
     projections: list[Tensor], dropout_p: float, scale: float, *fields: Any,
 ) -> list[Tensor]:  # fmt: skip
     """Shapes, dtypes and strides of what the operator returns."""
-    results = list(allocate(Call(query, key, value, attention_mask, LSGPattern(*fields), dropout_p, 0, scale)))
+    call = Call(query, key, value, attention_mask, LSGPattern(*fields), dropout_p, 0, scale)
+    results = list(to_save(call, allocate(call)))
     return results if query.is_cuda else results[:1]
+
+
+def _attention_backward_fake(
+    dout: Tensor, results: list[Tensor], query: Tensor, key: Tensor, value: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes, dtypes and strides of the gradients."""
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    """Keep for the backward the operator's inputs and all that it returned."""
+    query, key, value, attention_mask, seed, projections, *ctx.options = inputs
+    ctx.num_projections = len(projections)
+    ctx.save_for_backward(query, key, value, attention_mask, seed, *projections, *output)
+    ctx.set_materialize_grads(False)  # only out has a gradient: no zeros for the rest
+
+
+def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    """The gradients of the operator's inputs; of all three, as each needs most of what the others do."""
+    query, key, value, attention_mask, seed, *others = ctx.saved_tensors
+    projections, results = others[: ctx.num_projections], others[ctx.num_projections :]
+    none = (None, None, [None] * len(projections), *(None for _ in ctx.options))
+    if grads[0] is None:
+        return None, None, None, *none
+    dquery, dkey, dvalue = torch.ops.lsg_attn.attention_backward(
+        grads[0], results, query, key, value, attention_mask, seed, projections, *ctx.options
+    )
+    return dquery, dkey, dvalue, *none
 
 
 def _directions(pattern: LSGPattern, projections: list[Tensor], query: Tensor) -> tuple[Tensor, ...]:
@@ -126,6 +170,9 @@ def _seeded_directions(pattern: LSGPattern, heads: int, head_dim: int, device: t
     return tuple(x.to(device) for x in lsh_directions(pattern, heads, head_dim))
 
 
-torch.library.custom_op("lsg_attn::attention", _attention, mutates_args=(), schema=_SCHEMA).register_fake(
-    _attention_fake
-)
+_operator = torch.library.custom_op("lsg_attn::attention", _attention, mutates_args=(), schema=_SCHEMA)
+_operator.register_fake(_attention_fake)
+_operator.register_autograd(_differentiate, setup_context=_save)
+torch.library.custom_op(
+    "lsg_attn::attention_backward", _attention_backward, mutates_args=(), schema=_BACKWARD_SCHEMA
+).register_fake(_attention_backward_fake)

@@ -12,7 +12,7 @@ from .pattern import LSGPattern
 
 # Relative root mean square against float64, of out and each gradient.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-PADDINGS = ("none", "right", "left", "middle", "random", "all")
+PADDINGS = ("none", "right", "left", "ends", "middle", "random", "all")
 
 
 class Inputs(NamedTuple):
@@ -61,6 +61,8 @@ def _mask(padding: str, batch: int, length: int, generator: torch.Generator) -> 
             mask[entry, length - cut :] = False
         elif padding == "left":
             mask[entry, :cut] = False
+        elif padding == "ends":
+            mask[entry, : cut // 2] = mask[entry, length - cut :] = False
         elif padding == "middle":
             mask[entry, cut : 2 * cut] = False
         elif padding == "random":

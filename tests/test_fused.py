@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
-from lsg_attn.call import Call, allocate
+from lsg_attn import SPARSITY_TYPES, LSGAttention, LSGPattern, lsg_attention
+from lsg_attn.call import Call, allocate, to_save
 from lsg_attn.functional import _choose
 from lsg_attn.fused import _fields, obstacles
-from lsg_attn.testing import assert_close, make_inputs
+from lsg_attn.testing import Inputs, assert_close, make_inputs, run_reference
 
 operator = torch.ops.lsg_attn.attention
 
@@ -34,44 +35,39 @@ def arguments(pattern, dropout_p=0.0, scale=0.3):
         ({"pattern": LSGPattern(num_global_tokens=513)}, "num_global_tokens is 513, the kernels take up to 512"),
         ({"pattern": LSGPattern(256, 256, 2, "lsh")}, "= 256 tokens, the kernels up to 128"),
         ({"scale": 0.0}, "scale is 0.0, the kernels take one above 0"),
-        ({"requires_grad": True}, "a gradient is asked for"),
         ({"capability": (7, 5)}, "compute capability is below (8, 0)"),
         ({"has_triton": False}, "triton is not installed"),
     ],
 )
 def test_obstacles(change, reason, monkeypatch):
     """Each is named, alone."""
-    case = {"dtype": torch.float16, "head_dim": 64, "pattern": LSGPattern(), "scale": 1.0, "requires_grad": False}
+    case = {"dtype": torch.float16, "head_dim": 64, "pattern": LSGPattern(), "scale": 1.0}
     case |= {"capability": (8, 0), "has_triton": True}
     case |= change
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case["capability"])
     monkeypatch.setattr("lsg_attn.fused._HAS_TRITON", case["has_triton"])
-    x = torch.zeros(1, 1, 600, case["head_dim"], dtype=case["dtype"], requires_grad=case["requires_grad"])
+    x = torch.zeros(1, 1, 600, case["head_dim"], dtype=case["dtype"])
     x = x.as_subclass(OnAGPU)
     (got,) = obstacles(x, x, x, case["pattern"], case["scale"])
     assert reason in got
 
 
 def test_what_dispatch_chooses_on_a_gpu(monkeypatch):
-    """The kernels where nothing stands in their way; but "auto" leaves dropout to PyTorch, as they have no backward."""
+    """The kernels where nothing stands in their way, with and without a gradient."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    x = torch.zeros(1, 1, 10, 64, dtype=torch.bfloat16).as_subclass(OnAGPU)
-    assert obstacles(x, x, x, LSGPattern(), 0.125) == []
-    choices = {
-        (name, dropout_p): _choose(name, x, x, x, LSGPattern(), dropout_p, 0.125)
-        for name in ("auto", "triton")
-        for dropout_p in (0.0, 0.1)
-    }
-    assert choices.pop(("auto", 0.1)) == "torch"
-    assert set(choices.values()) == {"operator"}
-    assert _choose("auto", x, x, x, LSGPattern(), 0.0, -1.0) == "torch"
+    for requires_grad in (False, True):
+        x = torch.zeros(1, 1, 10, 64, dtype=torch.bfloat16, requires_grad=requires_grad).as_subclass(OnAGPU)
+        assert obstacles(x, x, x, LSGPattern(), 0.125) == []
+        assert _choose("auto", x, x, x, LSGPattern(), 0.125) == "operator"
+        assert _choose("triton", x, x, x, LSGPattern(), 0.125) == "operator"
+        assert _choose("auto", x, x, x, LSGPattern(), -1.0) == "torch"
 
 
-def test_forward_mode_gradients_are_an_obstacle_too():
+def test_forward_mode_gradients_are_an_obstacle():
     x = torch.zeros(1, 1, 10, 64)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        assert any("a gradient is asked for" in reason for reason in obstacles(x, dual, x, LSGPattern(), 1.0))
+        assert any("a gradient by forward mode" in reason for reason in obstacles(x, dual, x, LSGPattern(), 1.0))
         assert not any("gradient" in reason for reason in obstacles(x, x, x, LSGPattern(), 1.0))
 
 
@@ -89,8 +85,13 @@ def test_triton_on_a_cpu_says_why_not_and_what_to_use():
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_operator(sparsity_type, dropout_p):
-    """PyTorch's own checks: schema, fake tensors, tracing with dynamic shapes."""
-    torch.library.opcheck(operator, arguments(LSGPattern(16, 16, 4, sparsity_type, 3), dropout_p))
+    """PyTorch's own checks: schema, fake tensors, autograd, tracing with dynamic shapes, also of the backward."""
+    case = arguments(LSGPattern(16, 16, 4, sparsity_type, 3), dropout_p)
+    torch.library.opcheck(operator, case)
+    results = operator(*case)
+    torch.library.opcheck(torch.ops.lsg_attn.attention_backward, (torch.randn_like(results[0]), results, *case))
+    leaves = [x.requires_grad_() for x in case[:3]]
+    torch.library.opcheck(operator, (*leaves, *case[3:]))
 
 
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
@@ -101,12 +102,58 @@ def test_operator_is_block_wise_attention_on_a_cpu(sparsity_type):
     assert torch.equal(out, lsg_attention(query, key, value, pattern, mask, scale=0.3, implementation="torch"))
 
 
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+def test_operator_has_the_gradients_of_the_reference(sparsity_type):
+    pattern = LSGPattern(16, 16, 4, sparsity_type, 3)
+    query, key, value, dout, mask = make_inputs(2, 4, 3 + 90, 8, padding="random", num_kept=4)
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    (out,) = operator(*leaves, mask, None, [], 0.0, 8**-0.5, *_fields(pattern))
+    expected = run_reference(Inputs(query, key, value, dout, mask), pattern)
+    for name, got in zip(("dquery", "dkey", "dvalue"), torch.autograd.grad(out, leaves, dout), strict=True):
+        assert_close(name, got, expected[name])
+
+
 def test_operator_draws_from_its_seed():
     case = arguments(LSGPattern(16, num_global_tokens=3), dropout_p=0.5)
     first, again = (operator(*case)[0] for _ in range(2))
     other = operator(*case[:4], torch.tensor(12), *case[5:])[0]
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def assert_drops_the_same(attend):
+    """Out is linear in value where forward and backward have the same masks: the gradient of |out|^2 / 2 says so."""
+    query, key, value, *_ = arguments(LSGPattern(16, num_global_tokens=3))
+    value.requires_grad_()
+    out = attend(query, key, value)
+    out.double().square().sum().div(2).backward()
+    assert (value.grad * value).sum().item() == pytest.approx(out.double().square().sum().item(), rel=1e-4)
+
+
+def test_operator_drops_the_same_with_other_threads():
+    """Its backward may run with others than its forward."""
+    threads = torch.get_num_threads()
+
+    def attend(*qkv):
+        (out,) = operator(*qkv, None, torch.tensor(7), [], 0.5, 0.3, *_fields(LSGPattern(16, num_global_tokens=3)))
+        torch.set_num_threads(threads + 1)
+        return out
+
+    try:
+        assert_drops_the_same(attend)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_compiled_and_checkpointed_dropout():
+    """Each by itself, and one in the other."""
+
+    def drop(query, key, value):
+        return lsg_attention(query, key, value, LSGPattern(16, num_global_tokens=3), dropout_p=0.5)
+
+    assert_drops_the_same(torch.compile(drop, fullgraph=True))
+    assert_drops_the_same(lambda *x: checkpoint(drop, *x, use_reentrant=False))
+    assert_drops_the_same(torch.compile(lambda *x: checkpoint(drop, *x, use_reentrant=False), fullgraph=True))
 
 
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
@@ -121,6 +168,19 @@ def test_compiles_as_one_graph(sparsity_type):
         with torch.compiler.set_stance("default" if tokens == 90 else "fail_on_recompile"):
             out = compiled(*qkv, mask)
         assert_close("out", out, lsg_attention(*qkv, pattern, mask), 1e-6)
+
+
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+def test_a_training_step_compiles_as_one_graph(sparsity_type):
+    """Forward and backward of a layer; in float64, as the gradient of k_proj.bias is 0 but for rounding."""
+    torch.manual_seed(0)
+    pattern = LSGPattern(16, 16, 4, sparsity_type, 3)
+    layer = LSGAttention(16, 4, pattern).double()
+    hidden, dout = torch.randn(2, 2, 3 + 90, 16, dtype=torch.float64)
+    expected = torch.autograd.grad(layer(hidden), layer.parameters(), dout)
+    got = torch.autograd.grad(torch.compile(layer, fullgraph=True)(hidden), layer.parameters(), dout)
+    for (name, _), x, y in zip(layer.named_parameters(), got, expected, strict=True):
+        assert_close(name, x, y)
 
 
 def test_autocast_does_not_change_the_dtype():
@@ -144,13 +204,19 @@ def test_exports():
 
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 def test_results_are_as_small_as_they_can_be(sparsity_type):
-    """Bytes besides out: no scores, no gathered keys; T/f rows of keys and values for the types that make new ones."""
+    """Bytes besides out: no scores, no gathered keys; T/f rows of keys and values for the types that make new ones.
+
+    And what a backward keeps of them: the log-sum-exp, and what was chosen.
+    """
     heads, tokens, head_dim, factor = 4, 4096, 64, 4
     x = torch.empty(2, heads, 1 + tokens, head_dim, dtype=torch.bfloat16, device="meta")
-    results = allocate(Call(x, x, x, None, LSGPattern(128, 128, factor, sparsity_type), 0.0, 0, 0.125))
+    call = Call(x, x, x, None, LSGPattern(128, 128, factor, sparsity_type), 0.0, 0, 0.125)
+    results = allocate(call)
     slots, rows = 2 * heads * tokens // factor, 2 * heads * tokens
     lse = 4 * 2 * heads * (1 + tokens)
     expected = {"none": 0, "stride": 0, "block_stride": 0, "norm": 4 * slots}
     pooled = slots * (4 + 2 * 2 * head_dim) + 4 * rows
     expected |= {"pooling": pooled, "bos_pooling": pooled, "lsh": pooled + 4 * rows}
     assert sum(y.nbytes for y in results[1:]) == lse + expected[sparsity_type]
+    choice = {"norm": 4 * slots, "lsh": 4 * rows}
+    assert sum(y.nbytes for y in to_save(call, results)[1:]) == lse + choice.get(sparsity_type, 0)

@@ -31,10 +31,23 @@ def test_floors():
     assert got.launches == ("_lsg_fwd_kernel", "_lsg_fwd_combine_kernel")
 
 
+def test_floors_of_a_backward():
+    """By hand: 5 products; q, k, v, out, dout, dq, dk, dv in 16 bits, lse in 32."""
+    got = model(LSGPattern(128), (2, 3, 1 + 100, 64), torch.bfloat16, "sm_80", is_backward=True)
+    assert got.flops == 10 * 64 * 6 * 101 * 101
+    assert got.bytes_moved == 6 * 101 * (8 * 2 * 64 + 4)
+    assert got.bytes_scratch == 6 * 4 * (101 + 3 * 64)  # delta, and a part of each gradient of the global
+    assert got.bytes_saved == 6 * 4 * 101  # lse
+    assert got.launches == ("_lsg_bwd_delta_kernel", "_lsg_bwd_dq_dkv_kernel", "_lsg_bwd_combine_kernel")
+
+
+@pytest.mark.parametrize("is_backward", [False, True])
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
-def test_readme_has_these_figures(sparsity_type):
-    got = model(LSGPattern(sparsity_type=sparsity_type), (1, 16, 1 + 4096, 64), torch.bfloat16, "sm_90")
-    sizes = (got.flops / 1e9, got.bytes_moved / 1e6, got.bytes_allocated / 1e6)
+def test_readme_has_these_figures(sparsity_type, is_backward):
+    got = model(LSGPattern(sparsity_type=sparsity_type), (1, 16, 1 + 4096, 64), torch.bfloat16, "sm_90", is_backward)
+    sizes = [got.flops / 1e9, got.bytes_moved / 1e6, got.bytes_scratch / 1e6]
+    if not is_backward:
+        sizes.append(got.bytes_saved / 1e6)
     row = f"| `{sparsity_type}` | {len(got.launches)} | " + " | ".join(f"{x:.1f}" for x in sizes) + " |"
     assert row in (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
 
@@ -42,6 +55,8 @@ def test_readme_has_these_figures(sparsity_type):
 @pytest.mark.parametrize("target", DATA_SHEETS)
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 def test_every_type_and_gpu(sparsity_type, target):
-    got = model(LSGPattern(sparsity_type=sparsity_type), (1, 4, 1 + 1024, 64), torch.float32, target)
-    assert len(got.launches) <= 3
-    assert min(got.compute_us, got.memory_us) > 0
+    sizes = (1, 4, 1 + 1024, 64)
+    for is_backward, most in ((False, 3), (True, 6)):
+        got = model(LSGPattern(sparsity_type=sparsity_type), sizes, torch.float32, target, is_backward)
+        assert len(got.launches) <= most
+        assert min(got.compute_us, got.memory_us) > 0

@@ -7,12 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from bench import static
-from bench.static import GPUS, Case, Row, cases, compile_row, faults, key_of
+from bench.binary import GPUS, read_amdgcn, read_cubin
+from bench.static import Case, Row, cases, compile_row, faults, key_of
 
 RESULTS = Path(__file__).parents[1] / "bench/results/static.json"
-GOOD = Row("_lsg_fwd_kernel", "none bfloat16 d64", "sm_86", 255, 0, 64, 99 * 1024, 16, 8, 1, 0.1, 4, 2, "3.8.0", "")
+GOOD = Row("_lsg_fwd_kernel", "none bfloat16 d64", "sm_86", 255, 0, 64, 99 * 1024, 16, 8, 0, 1, 0.1, 4, 2, "3.8.0", "")
 
 
 @pytest.fixture
@@ -32,7 +36,7 @@ def test_subsets():
     """Each has every kernel; "all" has each type family, dtype, head_dim 64 and 128, masks and dropout."""
     quick, ci, everything = (names(subset, ["sm_90"]) for subset in ("quick", "ci", "all"))
     assert quick < ci < everything
-    assert len({kernel for kernel, _, _ in quick}) == 5
+    assert len({kernel for kernel, _, _ in quick}) == 10
     families, dtypes = ("none", "stride", "block_stride", "indexed", "compressed"), ("bfloat16", "float16", "float32")
     expected = {
         " ".join(filter(None, (family, dtype, f"d{head_dim}", mask, dropout)))
@@ -44,6 +48,17 @@ def test_subsets():
     }
     expected |= {f"indexed float32 {sizes}" for sizes in ("d64 mask B32", "d128 mask G200", "d256 mask")}
     assert {variant for kernel, variant, _ in everything if kernel == "_lsg_fwd_kernel"} >= expected
+    # of the backward, dropout and both head_dims in bfloat16, and the other dtypes and sizes without
+    expected = {
+        f"{family} bfloat16 d{head_dim} mask{dropout}"
+        for family in families
+        for head_dim in (64, 128)
+        for dropout in ("", " dropout")
+    }
+    expected |= {f"{family} {dtype} d64 mask" for family in families for dtype in dtypes}
+    expected |= {f"{family} bfloat16 d64" for family in families}
+    expected |= {f"indexed float32 {sizes}" for sizes in ("d64 mask B32", "d128 mask G200", "d256 mask")}
+    assert {variant for kernel, variant, _ in everything if kernel == "_lsg_bwd_dq_dkv_kernel"} >= expected
 
 
 @pytest.mark.usefixtures("cache")
@@ -66,6 +81,23 @@ def test_the_attention_kernel_uses_tensor_cores_and_async_copies():
     assert faults(row) == []
 
 
+@triton.jit
+def _adds(x_ptr, values: tl.constexpr):
+    """One program: add to memory without an order."""
+    offs = tl.arange(0, values)
+    tl.atomic_add(x_ptr, tl.sum(tl.load(x_ptr + offs), 0))
+
+
+@pytest.mark.parametrize(("target", "read"), [("sm_80", read_cubin), ("sm_90", read_cubin), ("gfx942", read_amdgcn)])
+def test_atomics_are_counted(target, read):
+    """In a kernel that has them; where the committed rows have none, that is not for want of looking."""
+    is_cuda = target.startswith("sm_")
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if is_cuda else GPUTarget("hip", target, 64)
+    kernel = triton.compile(ASTSource(_adds, {"x_ptr": "*fp32", "values": "constexpr"}, {(1,): 64}), target=gpu)
+    found = read(kernel, "0 bytes spill stores") if is_cuda else read(kernel)
+    assert found["float_atomics"] > 0
+
+
 @pytest.mark.usefixtures("cache")
 def test_what_does_not_compile_is_a_result(monkeypatch):
     def fail(*_, **__):
@@ -82,6 +114,7 @@ def test_what_does_not_compile_is_a_result(monkeypatch):
         ({"spill_bytes": 65}, "spills 65 bytes, more than 64"),
         ({"shared_bytes": 99 * 1024 + 1}, "takes 101377 bytes of shared memory of 101376"),
         ({"tensor_core_instructions": 0}, "has no tensor-core instruction"),
+        ({"float_atomics": 1}, "has 1 atomics on floats, and no sum's order may depend on timing"),
     ],
 )
 def test_faults(change, what):

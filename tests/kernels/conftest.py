@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from triton import knobs
 
 ON_A_GPU = torch.cuda.is_available()
+IS_REAL = bool(torch.version.cuda or torch.version.hip)  # else ttsem says that there is one
 
 
 def pytest_collection_modifyitems(items):
@@ -12,3 +14,26 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "tests/kernels" in item.path.as_posix():
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _stop_compiling_at_what_runs(monkeypatch):
+    """ttsem executes Triton's own IR, the first stage: the others take most of the time, for what no test sees."""
+    if ON_A_GPU and not IS_REAL:
+        monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", _first_stage_only)
+
+
+def _first_stage_only(*arguments):
+    """Triton's hook: without arguments the name of what it does, for the cache; else it may change the stages."""
+    if not arguments:
+        return "ttir only", "ttir only"
+    _, stages, *_ = arguments
+    for name in ("ttgir", "llir", "ptx"):
+        del stages[name]
+    stages["cubin"] = _no_binary
+    return None
+
+
+def _no_binary(module, metadata):
+    metadata.update(name="not compiled", shared=0)
+    return b""

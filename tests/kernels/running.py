@@ -1,37 +1,89 @@
-"""Run the kernels of a forward on poisoned results."""
+"""Run the kernels of a forward and a backward on poisoned results."""
+
+from dataclasses import replace
 
 import torch
 
-from lsg_attn import plan
-from lsg_attn.call import Call, allocate
+from lsg_attn import LSGPattern
+from lsg_attn.call import Call, allocate, restore, to_save
 from lsg_attn.compression import Tokens, compress, lsh_directions
 from lsg_attn.kernels.schedules import target_of
+from lsg_attn.plan import plan_forward
+from lsg_attn.plan_backward import allocate_gradients, plan_backward
 from lsg_attn.reference import visible_slots, visible_tokens
-from lsg_attn.testing import Inputs
+from lsg_attn.testing import Inputs, make_inputs
 
 DEVICE = torch.device("cuda")
 
 
-def poisoned(call):
-    """Results that hold what no kernel writes: one that leaves an element out shows."""
-    results = allocate(call)
-    for x in results:
+# Patterns and what they reach: (G + 4B + 5 tokens, head_dim 32)
+UNUSUAL_PATTERNS = [
+    LSGPattern(18, 36, 3, "stride", 5),  # nothing is a power of two; s is more than B
+    LSGPattern(20, 7, 5, "pooling", 3),  # s is less than the 4 slots of a block's right and left
+    LSGPattern(20, 30, 20, "block_stride", 4),  # one slot a block
+    LSGPattern(24, 24, 24, "norm", 2),  # one slot a chunk
+    LSGPattern(48, 16, 4, "lsh", 1, lsh_num_pre_rounds=0),  # chunks of a third of a block
+    LSGPattern(36, 36, 12, "lsh", 1, lsh_num_pre_rounds=2),  # three clusters of two directions
+    LSGPattern(16, 32, 16, "lsh", 1),  # a single cluster
+    LSGPattern(32, 16, 16, "lsh", 0),  # f = s: bos_pooling
+    LSGPattern(16, 32, 1, "norm", 0),  # f = 1: the tokens themselves
+    LSGPattern(16, 200, 4, "pooling", 1),  # the reach is more than the sequence
+    LSGPattern(16, 0, 4, "norm", 200),  # no sparse part; globals in several tiles
+]
+
+
+def name_of(pattern):
+    """A pattern's name among the parameters of a test."""
+    return f"{pattern.sparsity_type}-B{pattern.block_size}-s{pattern.sparse_block_size}"
+
+
+def unusual_inputs(pattern):
+    """The inputs that go with one of ``UNUSUAL_PATTERNS``."""
+    first = pattern.num_global_tokens
+    padding = "left" if first % 2 else "random"
+    return make_inputs(1, 3, first + 4 * pattern.block_size + 5, 32, torch.float32, padding, 1e3, first + 1)
+
+
+def poison(tensors):
+    """Fill them with what no kernel writes: one that leaves an element out shows."""
+    for x in tensors:
         x.fill_(float("nan") if x.is_floating_point() else -(1 << 30))
+    return tensors
+
+
+def forward(inputs, pattern, **options):
+    """The Results of the kernels; options: those of :func:`call_of`."""
+    return run_forward(call_of(inputs, pattern, **options))
+
+
+def backward(inputs, pattern, dout=None, **options):
+    """The Gradients of the kernels, for the inputs' dout or another; options: those of :func:`call_of`."""
+    call = call_of(inputs, pattern, **options)
+    saved = to_save(call, run_forward(call))
+    call = replace(call, directions=())
+    results, gradients = restore(call, saved), poison(allocate_gradients(call))
+    dout = inputs.dout.to(DEVICE) if dout is None else dout
+    for launch in plan_backward(call, results, dout, gradients, target_of(DEVICE)):
+        launch.run()
+    return gradients
+
+
+def run_forward(call):
+    """The Results of a call, by the kernels."""
+    results = poison(allocate(call))
+    for launch in plan_forward(call, results, target_of(DEVICE)):
+        launch.run()
     return results
 
 
-def forward(inputs, pattern, attention_mask="inputs", dropout_p=0.0, seed=0, scale=None, directions=None):
-    """The Results of the kernels; ``attention_mask``: that of the inputs by default, or another, or None."""
+def call_of(inputs, pattern, attention_mask="inputs", dropout_p=0.0, seed=0, scale=None, directions=None):
+    """The call on a GPU; ``attention_mask``: that of the inputs by default, or another, or None."""
     query, key, value, _, mask = (x.to(DEVICE) for x in inputs)
     mask = mask if isinstance(attention_mask, str) else attention_mask
     heads, head_dim = query.shape[1], query.shape[3]
     directions = lsh_directions(pattern, heads, head_dim) if directions is None else directions
     scale = head_dim**-0.5 if scale is None else scale
-    call = Call(query, key, value, mask, pattern, dropout_p, seed, scale, tuple(x.to(DEVICE) for x in directions))
-    results = poisoned(call)
-    for launch in plan.plan_forward(call, results, target_of(query.device)):
-        launch.run()
-    return results
+    return Call(query, key, value, mask, pattern, dropout_p, seed, scale, tuple(x.to(DEVICE) for x in directions))
 
 
 def to_double(inputs):

@@ -3,14 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from running import dense_scores, forward
+from running import backward, dense_scores, forward
 
-from lsg_attn import LSGPattern, plan
+from lsg_attn import LSGPattern, plan, plan_backward
 from lsg_attn.compression import lsh_directions
 from lsg_attn.kernels.schedules import Schedule, Tuning
-from lsg_attn.testing import assert_close, make_inputs
+from lsg_attn.testing import Inputs, assert_close, make_inputs
 
 SEED = 0x1234_5678_9ABC_DEF
+NAMES = ("out", "dquery", "dkey", "dvalue")
 
 
 def philox(seed, counter):
@@ -39,27 +40,36 @@ def kept(pattern, shape, columns, p, seed=SEED):
 
 
 def with_dropout(inputs, pattern, p):
-    """Dense LSG attention in float64, dropping what the kernels should."""
+    """Dense LSG attention in float64, dropping what the kernels should: out, dquery, dkey, dvalue."""
     _, heads, _, head_dim = inputs.query.shape
-    scores, value = dense_scores(inputs, pattern, lsh_directions(pattern, heads, head_dim), head_dim**-0.5)
-    return scores.softmax(-1) * kept(pattern, scores.shape[:3], scores.shape[3], p) / (1 - p) @ value
+    leaves = [x.double().requires_grad_() for x in inputs[:3]]
+    exact = Inputs(*leaves, *inputs[3:])
+    scores, value = dense_scores(exact, pattern, lsh_directions(pattern, heads, head_dim), head_dim**-0.5)
+    probs = scores.softmax(-1) * kept(pattern, scores.shape[:3], scores.shape[3], p) / (1 - p)
+    out = probs @ value
+    return out.detach(), *torch.autograd.grad(out, leaves, inputs.dout.double())
 
 
-@pytest.mark.parametrize("sparsity_type", ["norm", "stride", "lsh"])
+def check(inputs, pattern, p):
+    """Out and gradients of the kernels."""
+    got = forward(inputs, pattern, dropout_p=p, seed=SEED).out, *backward(inputs, pattern, dropout_p=p, seed=SEED)
+    for name, x, expected in zip(NAMES, got, with_dropout(inputs, pattern, p), strict=True):
+        assert_close(name, x.cpu(), expected)
+
+
+@pytest.mark.parametrize("sparsity_type", ["norm", "bos_pooling", "lsh"])
 def test_drops_what_the_generator_says(sparsity_type):
+    """Long enough that windows of tiles start at blocks that are not at a multiple of four."""
     pattern = LSGPattern(18, 18, 6, sparsity_type, 5)
-    inputs = make_inputs(2, 2, 5 + 83, 16, padding="random", num_kept=6)
-    out = forward(inputs, pattern, dropout_p=0.3, seed=SEED).out.cpu()
-    assert_close("out", out, with_dropout(inputs, pattern, 0.3), 1e-5)
+    check(make_inputs(1, 2, 5 + 215, 16, padding="random", num_kept=6), pattern, 0.3)
 
 
 @pytest.mark.parametrize("schedule", [(16, 16), (64, 32), (128, 64)])
 def test_does_not_depend_on_tiles(schedule, monkeypatch):
     monkeypatch.setattr(plan, "forward_schedule", lambda *_: Schedule(*schedule, Tuning(4, 1)))
-    pattern = LSGPattern(32, 32, 4, "pooling", 3)
-    inputs = make_inputs(1, 2, 3 + 170, 16, padding="right")
-    out = forward(inputs, pattern, dropout_p=0.5, seed=SEED).out.cpu()
-    assert_close("out", out, with_dropout(inputs, pattern, 0.5), 1e-5)
+    monkeypatch.setattr(plan_backward, "backward_schedule", lambda *_: Schedule(*schedule, Tuning(4, 1)))
+    pattern = LSGPattern(32, 32, 2, "pooling", 3)  # with 16 slots a block, as many as the smallest tiles
+    check(make_inputs(1, 2, 3 + 170, 16, padding="right"), pattern, 0.5)
 
 
 def test_frequency():

@@ -3,10 +3,10 @@
 import pytest
 import recordings
 import torch
-from running import DEVICE, dense_scores, forward, to_double
+from running import DEVICE, UNUSUAL_PATTERNS, dense_scores, forward, name_of, to_double, unusual_inputs
 from strategies import AWKWARD_SHAPES
 
-from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention, plan
+from lsg_attn import SPARSITY_TYPES, LSGPattern, launch, lsg_attention
 from lsg_attn.compression import lsh_directions
 from lsg_attn.testing import TOLERANCES, Inputs, assert_close, make_inputs
 
@@ -58,27 +58,9 @@ def test_blocks_as_large_as_a_tile(sparsity_type):
     check(make_inputs(1, 2, 1 + 5 * 128 - 60, 64, torch.bfloat16, "right", garbage=1e3, num_kept=2), pattern)
 
 
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        LSGPattern(18, 36, 3, "stride", 5),  # nothing is a power of two; s is more than B
-        LSGPattern(20, 7, 5, "pooling", 3),  # s is less than the 4 slots of a block's right and left
-        LSGPattern(20, 30, 20, "block_stride", 4),  # one slot a block
-        LSGPattern(24, 24, 24, "norm", 2),  # one slot a chunk
-        LSGPattern(48, 16, 4, "lsh", 1, lsh_num_pre_rounds=0),  # chunks of a third of a block
-        LSGPattern(36, 36, 12, "lsh", 1, lsh_num_pre_rounds=2),  # three clusters of two directions
-        LSGPattern(16, 32, 16, "lsh", 1),  # a single cluster
-        LSGPattern(32, 16, 16, "lsh", 0),  # f = s: bos_pooling
-        LSGPattern(16, 32, 1, "norm", 0),  # f = 1: the tokens themselves
-        LSGPattern(16, 200, 4, "pooling", 1),  # the reach is more than the sequence
-        LSGPattern(16, 0, 4, "norm", 200),  # no sparse part; globals in several tiles
-    ],
-    ids=lambda pattern: f"{pattern.sparsity_type}-B{pattern.block_size}-s{pattern.sparse_block_size}",
-)
+@pytest.mark.parametrize("pattern", UNUSUAL_PATTERNS, ids=name_of)
 def test_unusual_patterns(pattern):
-    padding = "left" if pattern.num_global_tokens % 2 else "random"
-    length = pattern.num_global_tokens + 4 * pattern.block_size + 5
-    check(make_inputs(1, 3, length, 32, torch.float32, padding, 1e3, pattern.num_global_tokens + 1), pattern)
+    check(unusual_inputs(pattern), pattern)
 
 
 @pytest.mark.parametrize("path", recordings.PATHS, ids=lambda path: path.stem)
@@ -167,7 +149,7 @@ def test_nothing_or_globals_alone(shape):
 
 def test_many_parts_of_the_global_queries(monkeypatch):
     """More parts than the combine takes at once, and some that see nothing."""
-    monkeypatch.setattr(plan, "_PART", 16)
+    monkeypatch.setattr(launch, "_PART", 16)
     inputs = make_inputs(1, 2, 2 + 40 * 16, 16)
     inputs.attention_mask[:, 16 * 7 : 16 * 9] = False
     check(inputs, LSGPattern(64, num_global_tokens=2, sparsity_type="none"))

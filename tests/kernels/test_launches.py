@@ -6,13 +6,21 @@ from running import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lsg_attn import SPARSITY_TYPES, LSGPattern, fused, lsg_attention
-from lsg_attn.plan import Launch
+from lsg_attn.launch import Launch
 from lsg_attn.testing import make_inputs
 
 LAUNCHES = {"none": 1, "stride": 1, "block_stride": 1, "norm": 2, "pooling": 2, "bos_pooling": 2, "lsh": 2}
 READ = "aten::_local_scalar_dense"  # of item(), int() and the like
 # Operators that neither run on a device nor wait for one.
-FREE = {"aten::new_empty", "aten::empty", "aten::transpose.int", "aten::detach", "aten::alias"}
+FREE = {
+    "aten::new_empty",
+    "aten::empty",
+    "aten::empty_like",
+    "aten::select.int",
+    "aten::transpose.int",
+    "aten::detach",
+    "aten::alias",
+}
 
 
 class Recorder(TorchDispatchMode):
@@ -38,18 +46,32 @@ def launched(monkeypatch):
 @pytest.mark.parametrize(("num_globals", "dropout_p"), [(0, 0.0), (3, 0.0), (3, 0.1)])
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 def test_launches(sparsity_type, num_globals, dropout_p, launched):
-    """At most three: a compression, the attention, a combine of the global queries. PyTorch itself runs nothing."""
+    """At most three: a compression, the attention, a combine of the global queries. PyTorch itself runs nothing.
+
+    And of a backward at most six: the slots' rows again, delta, slots, weights, the gradients, a combine.
+    """
     pattern = LSGPattern(16, 16, 4, sparsity_type, num_globals)
-    query, key, value, _, mask = (x.to(DEVICE) for x in make_inputs(2, 4, num_globals + 90, 16))
+    query, key, value, dout, mask = (x.to(DEVICE) for x in make_inputs(2, 4, num_globals + 90, 16))
     seed = torch.tensor(5) if dropout_p else None  # on the CPU: reading it waits for no device
     arguments = (query, key, value, mask[:, num_globals:], seed, [], dropout_p, 0.25, *fused._fields(pattern))
-    fused._attention(*arguments)  # lsh's directions are drawn once
+    results = fused._attention(*arguments)  # lsh's directions are drawn once
     launched.clear()
     with torch._C.DisableTorchFunction(), Recorder() as recorder:  # ttsem fills new memory by such a function
         fused._attention(*arguments)
     assert len(launched) == LAUNCHES[sparsity_type] + (num_globals > 0) <= 3
     assert launched[-1 - (num_globals > 0)] == "_lsg_fwd_kernel"
-    assert recorder.names.count(READ) == (seed is not None)
+    launched.clear()
+    with torch._C.DisableTorchFunction(), recorder:
+        fused._attention_backward(dout, results, *arguments)
+    again = {"pooling": "_lsg_pool_kernel", "bos_pooling": "_lsg_pool_kernel", "lsh": "_lsg_lsh_kernel"}
+    expected = [again[sparsity_type]] if sparsity_type in again else []
+    expected += ["_lsg_bwd_delta_kernel"]
+    expected += ["_lsg_bwd_slots_kernel"] * (sparsity_type != "none")
+    expected += ["_lsg_bwd_weights_kernel"] * (sparsity_type == "bos_pooling")
+    expected += ["_lsg_bwd_dq_dkv_kernel"]
+    expected += ["_lsg_bwd_combine_kernel"] * (num_globals > 0 or sparsity_type == "bos_pooling")
+    assert launched == expected
+    assert recorder.names.count(READ) == 2 * (seed is not None)
     assert set(recorder.names) - {READ} <= FREE
 
 

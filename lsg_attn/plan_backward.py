@@ -1,0 +1,168 @@
+"""From a call and its results to the launches of its backward: two to five, and at most one combine."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton import cdiv
+
+from .call import Call, Results, Saved, restore, variant_of
+from .kernels.backward import _lsg_bwd_dq_dkv_kernel, _lsg_bwd_slots_kernel
+from .kernels.reduce import _lsg_bwd_combine_kernel, _lsg_bwd_delta_kernel, _lsg_bwd_weights_kernel
+from .kernels.schedules import COMBINE, DELTA, WEIGHTS, Schedule, backward_schedule, target_of
+from .launch import Launch, attention_arguments, block_d, key_arguments, split_globals
+from .plan import plan_compression
+
+# Rows whose products with dout are summed, tokens whose weights are differentiated, and parts combined at a time.
+_SUMMED, _WEIGHED, _COMBINED = 64, 32, 32
+
+
+class Gradients(NamedTuple):
+    """The gradients of a call's inputs, shaped as they are."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+def allocate_gradients(call: Call) -> Gradients:
+    """Uninitialised gradients of ``call``, of its inputs' dtypes, and their strides where those are dense."""
+    return Gradients(*(torch.empty_like(x) for x in (call.query, call.key, call.value)))
+
+
+def launch_backward(call: Call, saved: Saved, dout: Tensor) -> Gradients:
+    """Run the backward of ``call`` on the GPU that its tensors are on, without waiting for it.
+
+    ``saved``: of the results of its forward; ``dout``: the gradient of its output, of any strides.
+    """
+    results, gradients, device = restore(call, saved), allocate_gradients(call), call.query.device
+    with torch.cuda.device(device):
+        for launch in plan_backward(call, results, dout, gradients, target_of(device)):
+            launch.run()
+    return gradients
+
+
+def plan_backward(call: Call, results: Results, dout: Tensor, gradients: Gradients, target: str) -> list[Launch]:
+    """The launches, in order, that fill ``gradients`` on a GPU of architecture ``target``.
+
+    ``call``: without directions, as ``lsh`` need not hash again. ``results``: only what is ``Saved`` of them need be
+    there; the rows of slots are made again.
+    """
+    query, variant = call.query, variant_of(call)
+    batch, heads, length, head_dim = query.shape
+    schedule = backward_schedule(target, query.dtype, head_dim, variant.has_dropout)
+    delta, dslot = _scratch(call, batch, heads, length), _scratch(call, 2, batch, heads, call.num_slots, head_dim)
+    attention = {
+        **attention_arguments(call, results, variant),
+        "dout_ptr": dout,
+        "lse_ptr": results.lse,
+        "delta_ptr": delta,
+        "dslot_k_ptr": dslot[0],
+        "dslot_v_ptr": dslot[1],
+        "dout_strides": dout.stride(),
+        "slot_strides": dslot[0].stride(),
+        "BLOCK_M": schedule.block_m,
+        "BLOCK_N": schedule.block_n,
+    }
+    weights = _plan_weights(call, results, attention) if call.compression == "bos_pooling" else None
+    launches = (
+        *(plan_compression(call, results, target) if variant.sparsity == "compressed" else ()),
+        _plan_delta(call, results, dout, delta),
+        Launch(
+            _lsg_bwd_slots_kernel,
+            batch * heads * cdiv(call.num_slots, schedule.block_m),
+            attention,
+            schedule.tuning,
+        ),
+        *(() if weights is None else (weights,)),
+        *_plan_gradients(call, results, gradients, attention, weights, schedule),
+    )
+    return [launch for launch in launches if launch.programs]
+
+
+def _scratch(call: Call, *shape: int) -> Tensor:
+    return call.query.new_empty(shape, dtype=torch.float32)
+
+
+def _plan_delta(call: Call, results: Results, dout: Tensor, delta: Tensor) -> Launch:
+    batch, heads, length, head_dim = call.query.shape
+    arguments = {
+        "out_ptr": results.out,
+        "dout_ptr": dout,
+        "delta_ptr": delta,
+        "out_strides": results.out.stride(),
+        "dout_strides": dout.stride(),
+        "num_heads": heads,
+        "length": length,
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": _SUMMED,
+        "BLOCK_D": block_d(call),
+    }
+    return Launch(_lsg_bwd_delta_kernel, batch * heads * cdiv(length, _SUMMED), arguments, DELTA)
+
+
+def _plan_weights(call: Call, results: Results, attention: dict[str, Any]) -> Launch:
+    """The launch that brings gradients to the scores of the first token's query, which give tokens their weights."""
+    batch, heads, _, head_dim = call.query.shape
+    tiles = cdiv(call.num_tokens, _WEIGHED)
+    arguments = {
+        **key_arguments(call),
+        **{name: attention[name] for name in ("sparse_k_ptr", "sparse_v_ptr", "sparse_strides", "scale_log2")},
+        **{name: attention[name] for name in ("dslot_k_ptr", "dslot_v_ptr", "slot_strides", "BLOCK_D")},
+        "weight_ptr": results.weight,
+        "dscore_ptr": _scratch(call, batch, heads, call.num_tokens),
+        "bos_part_ptr": _scratch(call, batch * heads, tiles, head_dim),
+        "V": attention["V"]._replace(has_dropout=False),  # which would make another kernel of it
+        "BLOCK_M": _WEIGHED,
+    }
+    return Launch(_lsg_bwd_weights_kernel, batch * heads * tiles, arguments, WEIGHTS)
+
+
+def _plan_gradients(
+    call: Call, results: Results, gradients: Gradients, attention: dict[str, Any], weights: Launch | None,
+    schedule: Schedule,
+) -> list[Launch]:  # fmt: skip
+    """The launch of dq, dk and dv, and the combine of what that, and the launch of weights, leave in parts."""
+    bos_part = None if weights is None else weights.arguments["bos_part_ptr"]
+    batch, heads, _, head_dim = call.query.shape
+    num_globals, variant = call.pattern.num_global_tokens, attention["V"]
+    split, tiles = split_globals(call, schedule.block_m), cdiv(call.num_tokens, schedule.block_m)
+    part = _scratch(call, 3, batch * heads, split.num_parts, num_globals, head_dim)
+    outputs = {
+        "dq_ptr": gradients.query,
+        "dk_ptr": gradients.key,
+        "dv_ptr": gradients.value,
+        "dq_part_ptr": part[0],
+        "dk_part_ptr": part[1],
+        "dv_part_ptr": part[2],
+        "dq_strides": gradients.query.stride(),
+        "dk_strides": gradients.key.stride(),
+        "dv_strides": gradients.value.stride(),
+        "part_strides": part[0].stride(),
+        "num_heads": heads,
+        "num_parts": split.num_parts,
+    }
+    dq_dkv = {
+        **attention,
+        **outputs,
+        "weight_ptr": results.weight if variant.sparsity == "compressed" else None,
+        "slot_ptr": results.slot if call.compression == "lsh" else None,
+        "dscore_ptr": None if weights is None else weights.arguments["dscore_ptr"],
+        "part_size": split.part_size,
+        "BLOCK_G": split.block,
+    }
+    combine = {
+        **outputs,
+        "bos_part_ptr": bos_part,
+        "num_tiles": 0 if bos_part is None else bos_part.shape[1],
+        "NUM_GLOBALS": num_globals,
+        "HEAD_DIM": head_dim,
+        "BLOCK_N": _COMBINED,
+        "BLOCK_D": attention["BLOCK_D"],
+    }
+    return [
+        Launch(_lsg_bwd_dq_dkv_kernel, batch * heads * 2 * (split.programs + tiles), dq_dkv, schedule.tuning),
+        Launch(_lsg_bwd_combine_kernel, batch * heads * (num_globals + (bos_part is not None)), combine, COMBINE),
+    ]
