@@ -67,10 +67,7 @@ def read_cubin(kernel: Any, log: str) -> dict[str, int]:
         "registers": int(usage["REG"]),
         "stack": int(usage["STACK"]) + int(usage["LOCAL"]),
         "spill_bytes": sum(map(int, spills)),
-        "shared_bytes": int(kernel.metadata.shared),
-        "tensor_core_instructions": len(_TENSOR_CORE.findall(text)),
-        "async_copies": len(_ASYNC_COPY.findall(text)),
-        "float_atomics": len(_FLOAT_ATOMIC.findall(text)),
+        **_whatever_the_maker(kernel, text),
     }
 
 
@@ -85,6 +82,13 @@ def read_amdgcn(kernel: Any) -> dict[str, int]:
         "registers": metadata("vgpr_count"),
         "stack": metadata("private_segment_fixed_size"),
         "spill_bytes": 4 * metadata("vgpr_spill_count"),
+        **_whatever_the_maker(kernel, text),
+    }
+
+
+def _whatever_the_maker(kernel: Any, text: str) -> dict[str, int]:
+    """What is read alike: Triton's metadata, and the instructions in the disassembly."""
+    return {
         "shared_bytes": int(kernel.metadata.shared),
         "tensor_core_instructions": len(_TENSOR_CORE.findall(text)),
         "async_copies": len(_ASYNC_COPY.findall(text)),

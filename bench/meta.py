@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lsg_attn import LSGPattern
-from lsg_attn.call import Call, Saved, allocate, restore, to_save
+from lsg_attn.call import Call, allocate, restore, to_save
 from lsg_attn.launch import Launch
 from lsg_attn.plan import plan_forward
 from lsg_attn.plan_backward import allocate_gradients, plan_backward
@@ -31,11 +31,11 @@ def meta_call(
 
 
 class Pass(NamedTuple):
-    """A forward or a backward: its launches, and the tensors that it is given or that outlive it."""
+    """A forward or a backward: its launches, the tensors that it is given, and those of its results that outlive it."""
 
     launches: list[Launch]
-    kept: tuple[Tensor, ...]
-    saved: Saved
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]  # of a forward ``Saved``, of a backward ``Gradients``
 
 
 def meta_passes(call: Call, target: str) -> tuple[Pass, Pass]:
@@ -46,5 +46,5 @@ def meta_passes(call: Call, target: str) -> tuple[Pass, Pass]:
         inputs += (call.attention_mask,)
     again, dout, gradients = replace(call, directions=()), torch.empty_like(results.out), allocate_gradients(call)
     backward = plan_backward(again, restore(again, saved), dout, gradients, target)
-    forward = Pass(plan_forward(call, results, target), (*inputs, *saved), saved)
-    return forward, Pass(backward, (*inputs, *saved, dout, *gradients), saved)
+    forward = Pass(plan_forward(call, results, target), inputs, saved)
+    return forward, Pass(backward, (*inputs, *saved, dout), gradients)

@@ -89,11 +89,11 @@ def model(
     batch, heads, _, head_dim = shape
     call = meta_call(pattern, shape, dtype, has_mask=False, has_dropout=False)
     forward, backward = meta_passes(call, target)
-    launches, kept, _ = backward if is_backward else forward
+    launches, inputs, outputs = backward if is_backward else forward
     products = _BACKWARD_PRODUCTS if is_backward else _PRODUCTS
     flops = 2 * products * head_dim * batch * heads * num_scores(pattern, call.num_tokens)
     # What launches only pass on to each other may stay in a cache; and so may what two of them read: a floor.
-    is_kept = {id(x) for x in kept}
+    is_kept = {id(x) for x in (*inputs, *outputs)}
     sizes = [(id(x) in is_kept, x.nbytes) for x in _tensors(launches)]
     moved, scratch = (sum(size for kind, size in sizes if kind == wanted) for wanted in (True, False))
     sheet = DATA_SHEETS[target]
@@ -102,7 +102,7 @@ def model(
         flops=flops,
         bytes_moved=moved,
         bytes_scratch=scratch,
-        bytes_saved=sum(x.nbytes for x in (forward.saved.lse, forward.saved.choice)),
+        bytes_saved=sum(x.nbytes for x in forward.outputs[1:]),
         launches=tuple(launch.kernel.__name__ for launch in launches),
         compute_us=flops / rate / 1e6,
         memory_us=moved / sheet.memory_tbps / 1e6,

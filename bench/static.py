@@ -179,17 +179,11 @@ def compile_row(case: Case, index: int) -> Row | str:
     path = _CACHE / f"{source[:32]}-{readers[:32]}.json"
     if path.exists():
         return Row(**{**json.loads(path.read_text(encoding="utf-8")), "variant": variant})
-    is_cuda = case.target.startswith("sm_")
-    gpu = GPUS[case.target]
-    target = GPUTarget("cuda", int(case.target[3:]), 32) if is_cuda else GPUTarget("hip", case.target, gpu.warp_size)
-    log = io.StringIO()
     try:
-        with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
-            knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True  # the log has the spills
-            kernel = triton.compile(source_of(launch), target=target, options=launch.options)
+        found = compile_and_read(source_of(launch), case.target, launch.options)
     except Exception as error:  # whatever a backend raises is a result of this bench
         return f"{launch.kernel.__name__} {variant} {case.target}: {type(error).__name__}: {error}".strip()
-    found = read_cubin(kernel, log.getvalue()) if is_cuda else read_amdgcn(kernel)
+    gpu, is_cuda = GPUS[case.target], case.target.startswith("sm_")
     blocks = num_blocks(gpu, is_cuda, found["registers"], found["shared_bytes"], launch.tuning.num_warps)
     row = Row(
         kernel=launch.kernel.__name__,
@@ -206,6 +200,16 @@ def compile_row(case: Case, index: int) -> Row | str:
     _CACHE.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(asdict(row)), encoding="utf-8")
     return row
+
+
+def compile_and_read(source: ASTSource, target: str, options: dict[str, Any]) -> dict[str, int]:
+    """What the binary says that a kernel becomes for one of ``GPUS``."""
+    is_cuda, log = target.startswith("sm_"), io.StringIO()
+    gpu = GPUTarget("cuda", int(target[3:]), 32) if is_cuda else GPUTarget("hip", target, GPUS[target].warp_size)
+    with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True  # the log has the spills
+        kernel = triton.compile(source, target=gpu, options=options)
+    return read_cubin(kernel, log.getvalue()) if is_cuda else read_amdgcn(kernel)
 
 
 def key_of(case: Case, launch: Launch) -> str:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from triton import cdiv, next_power_of_2
 
 from .call import Call, Results, Variant
 from .kernels.schedules import Tuning
 
+# Parts that are combined at a time.
+COMBINED = 32
 # Positions that a program of the globals goes over, for each tile of them: about what a tile of tokens does. More
 # tiles get longer parts, so that the parts of a long sequence take less memory than its 16-bit keys: half of it in a
 # forward, and in a backward, which has parts of three gradients, three quarters.
@@ -34,6 +38,13 @@ class Launch:
     def run(self) -> None:
         """Launch on the current device and stream."""
         self.kernel[(self.programs,)](**self.arguments, **self.options)
+
+
+def run_on(device: torch.device, launches: Iterable[Launch]) -> None:
+    """Launch on a GPU's current stream, without waiting for it."""
+    with torch.cuda.device(device):
+        for launch in launches:
+            launch.run()
 
 
 def key_arguments(call: Call) -> dict[str, Any]:

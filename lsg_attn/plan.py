@@ -12,18 +12,16 @@ from .call import Call, Results, allocate, variant_of
 from .kernels.compress import _lsg_lsh_kernel, _lsg_norm_kernel, _lsg_pool_kernel
 from .kernels.forward import _lsg_fwd_combine_kernel, _lsg_fwd_kernel
 from .kernels.schedules import COMBINE, NORM, POOL, forward_schedule, lsh_tuning, target_of
-from .launch import Launch, attention_arguments, block_d, key_arguments, scale_log2, split_globals
+from .launch import COMBINED, Launch, attention_arguments, block_d, key_arguments, run_on, scale_log2, split_globals
 
-# Tokens that are ranked, groups that are pooled, and parts that are combined at a time.
-_RANKED, _POOLED, _COMBINED = 128, 32, 32
+# Tokens that are ranked, and groups that are pooled at a time.
+_RANKED, _POOLED = 128, 32
 
 
 def launch_forward(call: Call) -> Results:
     """Run the forward of ``call`` on the GPU that its tensors are on, without waiting for it."""
     results, device = allocate(call), call.query.device
-    with torch.cuda.device(device):
-        for launch in plan_forward(call, results, target_of(device)):
-            launch.run()
+    run_on(device, plan_forward(call, results, target_of(device)))
     return results
 
 
@@ -55,7 +53,7 @@ def _plan_attention(call: Call, results: Results, target: str) -> list[Launch]:
     }
     tiles = {"BLOCK_M": schedule.block_m, "BLOCK_N": schedule.block_n, "BLOCK_G": split.block}
     attention = {**shared, **outputs, "part_size": split.part_size, **tiles}
-    combine = {**outputs, "length": length, "NUM_GLOBALS": num_globals, "HEAD_DIM": head_dim, "BLOCK_N": _COMBINED}
+    combine = {**outputs, "length": length, "NUM_GLOBALS": num_globals, "HEAD_DIM": head_dim, "BLOCK_N": COMBINED}
     programs = batch * heads * (split.programs + cdiv(call.num_tokens, schedule.block_m))
     return [
         Launch(_lsg_fwd_kernel, programs, attention, schedule.tuning),

@@ -12,11 +12,11 @@ from .call import Call, Results, Saved, restore, variant_of
 from .kernels.backward import _lsg_bwd_dq_dkv_kernel, _lsg_bwd_slots_kernel
 from .kernels.reduce import _lsg_bwd_combine_kernel, _lsg_bwd_delta_kernel, _lsg_bwd_weights_kernel
 from .kernels.schedules import COMBINE, DELTA, WEIGHTS, Schedule, backward_schedule, target_of
-from .launch import Launch, attention_arguments, block_d, key_arguments, split_globals
+from .launch import COMBINED, Launch, attention_arguments, block_d, key_arguments, run_on, split_globals
 from .plan import plan_compression
 
-# Rows whose products with dout are summed, tokens whose weights are differentiated, and parts combined at a time.
-_SUMMED, _WEIGHED, _COMBINED = 64, 32, 32
+# Rows whose products with dout are summed, and tokens whose weights are differentiated at a time.
+_SUMMED, _WEIGHED = 64, 32
 
 
 class Gradients(NamedTuple):
@@ -38,9 +38,7 @@ def launch_backward(call: Call, saved: Saved, dout: Tensor) -> Gradients:
     ``saved``: of the results of its forward; ``dout``: the gradient of its output, of any strides.
     """
     results, gradients, device = restore(call, saved), allocate_gradients(call), call.query.device
-    with torch.cuda.device(device):
-        for launch in plan_backward(call, results, dout, gradients, target_of(device)):
-            launch.run()
+    run_on(device, plan_backward(call, results, dout, gradients, target_of(device)))
     return gradients
 
 
@@ -159,7 +157,7 @@ def _plan_gradients(
         "num_tiles": 0 if bos_part is None else bos_part.shape[1],
         "NUM_GLOBALS": num_globals,
         "HEAD_DIM": head_dim,
-        "BLOCK_N": _COMBINED,
+        "BLOCK_N": COMBINED,
         "BLOCK_D": attention["BLOCK_D"],
     }
     return [

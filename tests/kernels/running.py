@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import torch
 
-from lsg_attn import LSGPattern
+from lsg_attn import SPARSITY_TYPES, LSGPattern
 from lsg_attn.call import Call, allocate, restore, to_save
 from lsg_attn.compression import Tokens, compress, lsh_directions
 from lsg_attn.kernels.schedules import target_of
+from lsg_attn.launch import run_on
 from lsg_attn.plan import plan_forward
 from lsg_attn.plan_backward import allocate_gradients, plan_backward
 from lsg_attn.reference import visible_slots, visible_tokens
@@ -16,7 +17,8 @@ from lsg_attn.testing import Inputs, make_inputs
 DEVICE = torch.device("cuda")
 
 
-# Patterns and what they reach: (G + 4B + 5 tokens, head_dim 32)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What is unlike the default, for :func:`unusual_inputs`.
 UNUSUAL_PATTERNS = [
     LSGPattern(18, 36, 3, "stride", 5),  # nothing is a power of two; s is more than B
     LSGPattern(20, 7, 5, "pooling", 3),  # s is less than the 4 slots of a block's right and left
@@ -37,11 +39,30 @@ def name_of(pattern):
     return f"{pattern.sparsity_type}-B{pattern.block_size}-s{pattern.sparse_block_size}"
 
 
+def each_type_and_dtype(shapes):
+    """(type, dtype, *shape) for each type and shape, the dtypes in turn: of six shapes, each dtype gets two."""
+    return [
+        (sparsity_type, DTYPES[(i + j) % 3], *shape)
+        for i, sparsity_type in enumerate(SPARSITY_TYPES)
+        for j, shape in enumerate(shapes)
+    ]
+
+
+def padded_inputs(pattern, tokens, head_dim, dtype, padding, heads=2):
+    """Inputs whose padding is garbage, but never a global or the first token, whose query ``bos_pooling`` pools by."""
+    first = pattern.num_global_tokens
+    return make_inputs(1, heads, first + tokens, head_dim, dtype, padding, garbage=1e3, num_kept=first + 1)
+
+
+def default_inputs(pattern):
+    """For a pattern of default sizes, whose tiles lie in one block each and need no windows of their own."""
+    return padded_inputs(pattern, 5 * 128 - 60, 64, torch.bfloat16, "right")
+
+
 def unusual_inputs(pattern):
     """The inputs that go with one of ``UNUSUAL_PATTERNS``."""
-    first = pattern.num_global_tokens
-    padding = "left" if first % 2 else "random"
-    return make_inputs(1, 3, first + 4 * pattern.block_size + 5, 32, torch.float32, padding, 1e3, first + 1)
+    padding = "left" if pattern.num_global_tokens % 2 else "random"
+    return padded_inputs(pattern, 4 * pattern.block_size + 5, 32, torch.float32, padding, heads=3)
 
 
 def poison(tensors):
@@ -63,16 +84,14 @@ def backward(inputs, pattern, dout=None, **options):
     call = replace(call, directions=())
     results, gradients = restore(call, saved), poison(allocate_gradients(call))
     dout = inputs.dout.to(DEVICE) if dout is None else dout
-    for launch in plan_backward(call, results, dout, gradients, target_of(DEVICE)):
-        launch.run()
+    run_on(DEVICE, plan_backward(call, results, dout, gradients, target_of(DEVICE)))
     return gradients
 
 
 def run_forward(call):
     """The Results of a call, by the kernels."""
     results = poison(allocate(call))
-    for launch in plan_forward(call, results, target_of(DEVICE)):
-        launch.run()
+    run_on(DEVICE, plan_forward(call, results, target_of(DEVICE)))
     return results
 
 

@@ -5,10 +5,14 @@ import recordings
 import torch
 from running import (
     DEVICE,
+    DTYPES,
     UNUSUAL_PATTERNS,
     backward,
+    default_inputs,
+    each_type_and_dtype,
     forward,
     name_of,
+    padded_inputs,
     unusual_inputs,
 )
 from torch.utils.checkpoint import checkpoint
@@ -17,7 +21,6 @@ from lsg_attn import SPARSITY_TYPES, LSGAttention, LSGPattern, launch, lsg_atten
 from lsg_attn.testing import Inputs, assert_close, make_inputs, run_reference
 
 NAMES = ("dquery", "dkey", "dvalue")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [  # (tokens, head_dim, num_global_tokens, padding) for blocks of B = 32: T = 2B+1, 7B-3, 9B
     (65, 40, 130, "middle"),
     (7 * 32 - 3, 128, 1, "left"),
@@ -25,11 +28,6 @@ SHAPES = [  # (tokens, head_dim, num_global_tokens, padding) for blocks of B = 3
     (65, 128, 17, "right"),
     (7 * 32 - 3, 40, 17, "middle"),
     (9 * 32, 64, 1, "right"),
-]
-CASES = [
-    (sparsity_type, DTYPES[(i + j) % 3], *shape)  # each type in each dtype, twice
-    for i, sparsity_type in enumerate(SPARSITY_TYPES)
-    for j, shape in enumerate(SHAPES)
 ]
 
 
@@ -42,18 +40,18 @@ def check(inputs, pattern, scale=None):
             assert_close(f"{name} of {rows}", got[:, :, part].cpu(), expected[name][:, :, part])
 
 
-@pytest.mark.parametrize(("sparsity_type", "dtype", "tokens", "head_dim", "num_globals", "padding"), CASES)
+@pytest.mark.parametrize(
+    ("sparsity_type", "dtype", "tokens", "head_dim", "num_globals", "padding"), each_type_and_dtype(SHAPES)
+)
 def test_each_type_and_dtype(sparsity_type, dtype, tokens, head_dim, num_globals, padding):
     pattern = LSGPattern(32, 32, 4, sparsity_type, num_globals)
-    length = num_globals + tokens
-    check(make_inputs(1, 2, length, head_dim, dtype, padding, garbage=1e3, num_kept=num_globals + 1), pattern)
+    check(padded_inputs(pattern, tokens, head_dim, dtype, padding), pattern)
 
 
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 def test_blocks_as_large_as_a_tile(sparsity_type):
-    """The default pattern, whose tiles lie in one block each and need no windows of their own."""
     pattern = LSGPattern(sparsity_type=sparsity_type)
-    check(make_inputs(1, 2, 1 + 5 * 128 - 60, 64, torch.bfloat16, "right", garbage=1e3, num_kept=2), pattern)
+    check(default_inputs(pattern), pattern)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -61,7 +59,7 @@ def test_blocks_as_large_as_a_tile(sparsity_type):
 def test_windows_that_end_within_a_block(sparsity_type, padding, dtype):
     """s f is no multiple of B, though tiles lie in one block each."""
     pattern = LSGPattern(64, 16, 2, sparsity_type, 1)
-    check(make_inputs(1, 2, 1 + 6 * 64 - 3, 40, dtype, padding, garbage=1e3, num_kept=2), pattern)
+    check(padded_inputs(pattern, 6 * 64 - 3, 40, dtype, padding), pattern)
 
 
 @pytest.mark.parametrize(
@@ -89,8 +87,8 @@ def test_recording(path):
     ("head_dim", "dtype"), [(1, torch.float16), (200, torch.bfloat16), (256, torch.float16), (256, torch.float32)]
 )
 def test_head_dims(head_dim, dtype):
-    inputs = make_inputs(1, 2, 1 + 100, head_dim, dtype, "right", garbage=1e3, num_kept=2)
-    check(inputs, LSGPattern(16, 16, 4, "pooling"))
+    pattern = LSGPattern(16, 16, 4, "pooling")
+    check(padded_inputs(pattern, 100, head_dim, dtype, "right"), pattern)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.7])

@@ -3,19 +3,23 @@
 import pytest
 import recordings
 import torch
-from running import DEVICE, UNUSUAL_PATTERNS, dense_scores, forward, name_of, to_double, unusual_inputs
+from running import (
+    DEVICE,
+    UNUSUAL_PATTERNS,
+    default_inputs,
+    dense_scores,
+    each_type_and_dtype,
+    forward,
+    name_of,
+    padded_inputs,
+    to_double,
+    unusual_inputs,
+)
 from strategies import AWKWARD_SHAPES
 
 from lsg_attn import SPARSITY_TYPES, LSGPattern, launch, lsg_attention
 from lsg_attn.compression import lsh_directions
 from lsg_attn.testing import TOLERANCES, Inputs, assert_close, make_inputs
-
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CASES = [
-    (sparsity_type, DTYPES[(i + j) % 3], *shape)  # each type in each dtype, twice
-    for i, sparsity_type in enumerate(SPARSITY_TYPES)
-    for j, shape in enumerate(AWKWARD_SHAPES)
-]
 
 
 def reference(inputs, pattern, **options):
@@ -44,18 +48,18 @@ def check(inputs, pattern, scale=None):
     assert_close("lse", lse.where(seen, 0.0), expected.where(seen, 0.0), TOLERANCES[out.dtype])
 
 
-@pytest.mark.parametrize(("sparsity_type", "dtype", "tokens", "head_dim", "num_globals", "padding"), CASES)
+@pytest.mark.parametrize(
+    ("sparsity_type", "dtype", "tokens", "head_dim", "num_globals", "padding"), each_type_and_dtype(AWKWARD_SHAPES)
+)
 def test_each_type_and_dtype(sparsity_type, dtype, tokens, head_dim, num_globals, padding):
     pattern = LSGPattern(32, 32, 4, sparsity_type, num_globals)
-    length = num_globals + tokens
-    check(make_inputs(1, 2, length, head_dim, dtype, padding, garbage=1e3, num_kept=num_globals + 1), pattern)
+    check(padded_inputs(pattern, tokens, head_dim, dtype, padding), pattern)
 
 
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 def test_blocks_as_large_as_a_tile(sparsity_type):
-    """The default pattern, whose tiles lie in one block each and need no windows of their own."""
     pattern = LSGPattern(sparsity_type=sparsity_type)
-    check(make_inputs(1, 2, 1 + 5 * 128 - 60, 64, torch.bfloat16, "right", garbage=1e3, num_kept=2), pattern)
+    check(default_inputs(pattern), pattern)
 
 
 @pytest.mark.parametrize("pattern", UNUSUAL_PATTERNS, ids=name_of)
@@ -75,8 +79,8 @@ def test_recording(path):
     [(1, torch.float16), (16, torch.float32), (200, torch.bfloat16), (256, torch.float16), (256, torch.float32)],
 )
 def test_head_dims(head_dim, dtype):
-    inputs = make_inputs(1, 2, 1 + 100, head_dim, dtype, "right", garbage=1e3, num_kept=2)
-    check(inputs, LSGPattern(16, 16, 4, "pooling"))
+    pattern = LSGPattern(16, 16, 4, "pooling")
+    check(padded_inputs(pattern, 100, head_dim, dtype, "right"), pattern)
 
 
 def test_masks():
