@@ -20,7 +20,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["lsg_attn", "lsg_attn.kernels"],
+    packages=["lsg_attn", "lsg_attn.bart", "lsg_attn.kernels"],
     # A folder kernels/ with an __init__.py would hide Hugging Face's package of that name: see lsg_attn/kernels.py.
     package_dir={"lsg_attn": "lsg_attn", "lsg_attn.kernels": "kernels"},
     package_data={"lsg_attn": ["py.typed"], "lsg_attn.kernels": ["README.md"]},
@@ -30,9 +30,11 @@ setup(
         'triton>=3.4; sys_platform == "linux" and platform_machine in "x86_64 aarch64"',
     ],
     extras_require={
+        "bart": [TRANSFORMERS],
         "plot": ["matplotlib>=3.7"],
         "bench": ["lsg-converter==0.1.9", TRANSFORMERS],
         "dev": [
+            "accelerate>=0.33",
             "build>=1",
             "hypothesis>=6",
             "lsg-converter==0.1.9",

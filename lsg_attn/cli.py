@@ -1,4 +1,4 @@
-"""The command lsg-attn: `lsg-attn demo` and `lsg-attn pattern`."""
+"""The command lsg-attn: `lsg-attn demo`, `lsg-attn convert` and `lsg-attn pattern`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import __version__
 from .demo import run_demo
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="run a long document through an LSG encoder, each sparsity type"))
+    _add_convert(commands.add_parser("convert", help="make an LSG-BART for long documents of a BART checkpoint"))
     _add_pattern(commands.add_parser("pattern", help="draw which keys each query sees"))
     options = parser.parse_args(arguments)
     try:
@@ -32,12 +34,66 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", type=Path, help="a text file; by default Python's own language reference")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens to take of it (default: %(default)s)")
-    parser.add_argument("--tokenizer", help="a tokenizer for transformers, by name or folder; by default bytes")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--tokenizer", help="a tokenizer for transformers, by name or folder; by default bytes")
+    what.add_argument("--model", help="read with this LSG-BART or BART instead, by name or folder, and summarize")
+    what.add_argument("--size", choices=("base", "large"), help="read with a random LSG-BART of BART's size instead")
     parser.set_defaults(run=_demo)
 
 
 def _demo(options: argparse.Namespace) -> None:
-    run_demo(_console(), options.tokens, options.file, options.tokenizer)
+    if options.model is None and options.size is None:
+        run_demo(_console(), options.tokens, options.file, options.tokenizer)
+        return
+    _need_transformers("--model" if options.size is None else "--size")
+    from .bart.demo import run_bart_demo
+
+    run_bart_demo(_console(), options.tokens, options.file, options.model, options.size)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="a BART or LSG-BART, by name or folder")
+    parser.add_argument("destination", metavar="DST", type=Path, help="the folder to make")
+    parser.add_argument("--max-length", type=int, default=4096, help="tokens of a document (default: %(default)s)")
+    parser.add_argument("--tokenizer", help="by name or folder, where SRC has none")
+    parser.add_argument("--random-global-init", action="store_true", help="draw the global tokens' embeddings")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
+    parser.add_argument("--keep-first-global-token", action="store_true", help="of an LSG-BART, make the others again")
+    parser.add_argument("--global-positional-stride", type=int, default=64, help="between global tokens' positions")
+    keys = parser.add_argument_group("the encoder", "by default as in SRC, or else as in LSGBartConfig")
+    for key in ("block_size", "sparse_block_size", "sparsity_factor", "num_global_tokens", "lsh_num_pre_rounds"):
+        keys.add_argument(_flag(key), type=int, default=argparse.SUPPRESS)
+    keys.add_argument("--sparsity-type", choices=SPARSITY_TYPES, default=argparse.SUPPRESS)
+    for key in ("mask_first_token", "pass_global_tokens_to_decoder", "pool_with_global"):
+        keys.add_argument(_flag(key), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS)
+    parser.set_defaults(run=_convert)
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    _need_transformers("convert")
+    from .bart.conversion import CHECKPOINT_STEPS, convert_checkpoint, load_tokenizer
+
+    arguments = {key: value for key, value in vars(options).items() if key != "run"}
+    if options.tokenizer is not None:
+        arguments["tokenizer"] = load_tokenizer(options.tokenizer)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_console()) as progress:
+        task = progress.add_task("", total=len(CHECKPOINT_STEPS), completed=-1)
+        convert_checkpoint(**arguments, on_step=lambda step: progress.update(task, description=step, advance=1))
+        progress.advance(task)
+    _console().print(f"{options.destination}: up to {options.max_length} tokens", markup=False)
+
+
+def _need_transformers(what: str) -> None:
+    if find_spec("transformers") is None:
+        raise ModuleNotFoundError(f"{what} needs transformers: pip install 'lsg-attn[bart]'")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # theirs would write into ours
 
 
 def _add_pattern(parser: argparse.ArgumentParser) -> None:

@@ -95,17 +95,17 @@ def lsg_attention(
         return run(query, key, value, full_mask(attention_mask, query), pattern, dropout_p, scale, projections)
 
 
-def check_implementation(implementation: str) -> None:
-    """Check the name of an implementation; whether it can run depends on the inputs.
+def check_implementation(implementation: str, name: str = "implementation") -> None:
+    """Check what an argument of that name holds; whether the implementation can run depends on the inputs.
 
     Raises:
         TypeError: it is not a string.
-        ValueError: there is none of that name.
+        ValueError: there is no such implementation.
     """
     if not isinstance(implementation, str):
-        raise TypeError(f"implementation: expected a str, got {type_name(implementation)}")
+        raise TypeError(f"{name}: expected a str, got {type_name(implementation)}")
     if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"implementation: expected 'auto', 'triton', 'torch' or 'reference', got {implementation!r}")
+        raise ValueError(f"{name}: expected 'auto', 'triton', 'torch' or 'reference', got {implementation!r}")
 
 
 def _choose(implementation: str, query: Tensor, key: Tensor, value: Tensor, pattern: LSGPattern, scale: float) -> str:

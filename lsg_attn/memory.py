@@ -19,6 +19,13 @@ def peak_growth(call: Callable[[], object]) -> int | None:
     return None if before is None else max(_status_bytes("VmHWM") - before, 0)
 
 
+def peak_resident(call: Callable[[], object]) -> int | None:
+    """Run ``call`` and return how many bytes the whole process held at its peak; None where that is not known."""
+    before = _reset_high_water_mark()
+    call()
+    return None if before is None else _status_bytes("VmHWM")
+
+
 def _reset_high_water_mark() -> int | None:
     """Give freed memory back to the system, set the mark to what is resident now, and return that."""
     if not sys.platform.startswith("linux"):

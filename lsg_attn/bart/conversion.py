@@ -1,0 +1,277 @@
+"""Conversion of a BART to an LSG-BART for longer documents, and of an LSG-BART to another length."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    BartForConditionalGeneration,
+    BartForQuestionAnswering,
+    BartForSequenceClassification,
+    BartModel,
+    BartPreTrainedModel,
+    PretrainedConfig,
+)
+from transformers.utils.hub import has_file
+
+from ..checks import integer, type_name
+from .configuration import GLOBAL_ROWS, LSG_KEYS, LSGBartConfig, is_published_lsg
+from .modeling import (
+    LSGBartForConditionalGeneration,
+    LSGBartForQuestionAnswering,
+    LSGBartForSequenceClassification,
+    LSGBartModel,
+    LSGBartPreTrainedModel,
+)
+
+CHECKPOINT_STEPS = ("convert", "write", "check")
+_OFFSET = 2  # rows of BART's position embeddings before position 0
+_CLASSES: dict[type[Any], type[Any]] = {
+    BartModel: LSGBartModel,
+    BartForConditionalGeneration: LSGBartForConditionalGeneration,
+    BartForQuestionAnswering: LSGBartForQuestionAnswering,
+    BartForSequenceClassification: LSGBartForSequenceClassification,
+}
+# as it was saved, which is the default since transformers 5
+_SAVED_DTYPE = {"dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype": "auto"}
+
+
+class Converted(NamedTuple):
+    """What :func:`convert` makes."""
+
+    model: LSGBartPreTrainedModel
+    tokenizer: Any
+
+
+def convert(
+    model_or_path: BartPreTrainedModel | str | Path,
+    max_length: int = 4096,
+    *,
+    tokenizer: Any = None,
+    random_global_init: bool = False,
+    keep_first_global_token: bool = False,
+    global_positional_stride: int = 64,
+    seed: int = 0,
+    **lsg_keys: Any,
+) -> Converted:
+    """Make an LSG-BART for ``max_length`` tokens of a BART, without training (arXiv 2210.15497).
+
+    Positions, of encoder and decoder, are repeated until there are ``max_length``. A global token is the embedding of
+    BOS (the first) or MASK (the others) plus that of a position, another for each. An LSG-BART is resized: its
+    positions change, its global tokens stay. The source is left as it is.
+
+    Args:
+        model_or_path: a BART or LSG-BART with an encoder, or its name or directory.
+        max_length: tokens of the longest document, at least 1.
+        tokenizer: the model's, for the ids of BOS and MASK; by default the one at the path.
+        random_global_init: the global tokens are samples of a normal distribution with the mean and covariance of the
+            token embeddings, instead of MASK.
+        keep_first_global_token: of an LSG-BART, make the global tokens again but for the first.
+        global_positional_stride: positions between two global tokens, about.
+        seed: of every random number: those of ``random_global_init``, and of global tokens' positions where the source
+            has fewer than 512 of its own.
+        **lsg_keys: keys of :class:`LSGBartConfig` for the encoder, such as ``num_global_tokens``.
+
+    Returns:
+        The model, of the source's kind, dtype and device, and a copy of the tokenizer with
+        ``model_max_length=max_length``; None where a model came without one.
+
+    Raises:
+        TypeError: an argument is not of the type named above, or a key is none of the encoder's.
+        ValueError: the source is no BART with an encoder, or has no tokenizer, or one without MASK; a number is out of
+            range, or keys do not go together.
+    """
+    max_length = integer("max_length", max_length, 1)
+    if unknown := set(lsg_keys) - set(LSG_KEYS):
+        raise TypeError(f"convert: expected keys out of {LSG_KEYS}, got {', '.join(sorted(unknown))}")
+    if isinstance(model_or_path, BartPreTrainedModel):
+        source, target_class = model_or_path, _target_class(type(model_or_path))
+    elif isinstance(model_or_path, (str, Path)):
+        source, target_class = _load(model_or_path)
+        tokenizer = load_tokenizer(model_or_path) if tokenizer is None else tokenizer
+    else:
+        raise TypeError(f"model_or_path: expected a BART, a name or a directory, got {type_name(model_or_path)}")
+    config = LSGBartConfig.from_dict(source.config.to_dict(), **lsg_keys, max_position_embeddings=max_length)
+
+    is_lsg = isinstance(source, LSGBartPreTrainedModel)
+    if keep_first_global_token and not is_lsg:
+        raise ValueError("keep_first_global_token: expected False for a BART without global tokens, got True")
+    if random_global_init and is_lsg and not keep_first_global_token:
+        raise ValueError(
+            "random_global_init: expected False for an LSG-BART, whose global tokens stay, or keep_first_global_token"
+        )
+    base = source.base_model
+    states = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
+    prefix = "" if base is source else f"{source.base_model_prefix}."
+    if keep_first_global_token or not is_lsg:
+        generator = torch.Generator().manual_seed(seed)
+        table = base.shared.weight.detach().float().cpu()
+        bos, mask = _special_ids(config, tokenizer, mask_needed=not random_global_init)
+        rows = _normal_samples(table, generator) if random_global_init else table[mask].repeat(GLOBAL_ROWS, 1)
+        rows[0] = table[bos]
+        positions = base.encoder.embed_positions.weight.detach().float().cpu()[_OFFSET:]
+        global_rows = (rows + spread_positions(positions, global_positional_stride, generator)).to(base.shared.weight)
+        name = f"{prefix}encoder.global_embeddings.weight"
+        states[name] = torch.cat([states[name][:1], global_rows[1:]]) if is_lsg else global_rows
+    for part in ("encoder", "decoder"):
+        name = f"{prefix}{part}.embed_positions.weight"
+        states[name] = repeat_positions(states[name], max_length)
+
+    with torch.device("meta"):  # every tensor is to come from the source: nothing is drawn, nothing can be left over
+        model = target_class(config)
+    model.load_state_dict(states, assign=True)
+    model.tie_weights()
+    if model.can_generate():
+        model.generation_config = copy.deepcopy(source.generation_config)
+    if tokenizer is not None:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.model_max_length = max_length
+    return Converted(model.train(source.training), tokenizer)
+
+
+def convert_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    max_length: int = 4096,
+    *,
+    on_step: Callable[[str], None] = lambda step: None,
+    **options: Any,
+) -> None:
+    """Convert a checkpoint to a directory of its own, which is there when it is complete and checked, or not at all.
+
+    Args:
+        source: name or directory of a BART or LSG-BART with its tokenizer.
+        destination: a directory that does not exist yet.
+        on_step: called with the name of each of ``CHECKPOINT_STEPS`` as it begins.
+        max_length, **options: as in :func:`convert`.
+
+    Raises:
+        FileExistsError: ``destination`` exists.
+        RuntimeError: what was written does not load as what was converted; ``destination`` is not made.
+        TypeError, ValueError: as :func:`convert`.
+    """
+    destination = Path(destination)
+    if destination.exists():
+        raise FileExistsError(f"destination: expected a directory that does not exist yet, got {destination}")
+    on_step("convert")
+    model, tokenizer = convert(source, max_length, **options)
+    on_step("write")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as scratch:
+        folder = Path(scratch) / destination.name
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        on_step("check")
+        _check(folder, model, max_length)
+        folder.rename(destination)
+
+
+def repeat_positions(weight: Tensor, length: int) -> Tensor:
+    """BART's position embeddings (2 + n, d_model), whose first two rows are no positions, as (2 + length, d_model)."""
+    offset, rows = weight[:_OFFSET], weight[_OFFSET:]
+    return torch.cat([offset, rows.repeat(-(-length // len(rows)), 1)[:length]])
+
+
+def spread_positions(positions: Tensor, stride: int, generator: torch.Generator) -> Tensor:
+    """512 rows of ``positions`` (n, d_model) for the global tokens, most of them ``stride`` positions apart.
+
+    Of every n//512 rows the first is kept, up to 512. These are taken in several passes from front to end, one each
+    ``stride`` positions, and each pass begins a kept row later than the one before. What fewer than 512 positions lack
+    is drawn from a normal distribution with their means and standard deviations.
+
+    Raises:
+        ValueError: ``stride`` is not a multiple of n//512, or their ratio does not divide 512.
+    """
+    factor = max(len(positions) // GLOBAL_ROWS, 1)
+    step = integer("global_positional_stride", stride, 1) // factor
+    if step * factor != stride or GLOBAL_ROWS % step:
+        raise ValueError(
+            f"global_positional_stride: expected {factor} times a power of 2 up to {GLOBAL_ROWS}, got {stride}"
+        )
+    if (missing := GLOBAL_ROWS - len(positions)) > 0:
+        drawn = torch.randn(missing, positions.shape[1], generator=generator)
+        positions = torch.cat([positions, positions.mean(dim=0) + drawn * positions.std(dim=0)])
+    passes: Tensor = positions[::factor][:GLOBAL_ROWS].unflatten(0, (-1, step)).transpose(0, 1)
+    return passes.flatten(0, 1)
+
+
+def _normal_samples(table: Tensor, generator: torch.Generator) -> Tensor:
+    """512 samples of the normal distribution with the mean and covariance of the rows of ``table`` (n, d_model)."""
+    table64 = table.double()
+    variances, directions = torch.linalg.eigh(torch.cov(table64.T))
+    factor = directions * variances.clamp(min=0).sqrt()  # factor @ factor.T is the covariance, also a singular one
+    drawn = torch.randn(GLOBAL_ROWS, table.shape[1], dtype=torch.float64, generator=generator)
+    samples: Tensor = table64.mean(dim=0) + drawn @ factor.T
+    return samples.to(table.dtype)
+
+
+def _special_ids(config: LSGBartConfig, tokenizer: Any, mask_needed: bool) -> tuple[int, int | None]:
+    """The ids of BOS, by the tokenizer or else the configuration, and of MASK, which only a tokenizer knows."""
+    ids = [getattr(tokenizer, name, None) for name in ("bos_token_id", "cls_token_id")] + [config.bos_token_id]
+    bos = next((i for i in ids if i is not None), None)
+    mask = getattr(tokenizer, "mask_token_id", None)
+    if bos is None or (mask_needed and mask is None):
+        raise ValueError(
+            "tokenizer: expected one with bos_token and mask_token, of which global tokens are made, got "
+            f"{type_name(tokenizer)}; random_global_init=True does without mask_token"
+        )
+    return bos, mask
+
+
+def _load(path: str | Path) -> tuple[BartPreTrainedModel, type[LSGBartPreTrainedModel]]:
+    """The model at a path, of the class that its configuration names, and the LSG class for it."""
+    config_dict, _ = PretrainedConfig.get_config_dict(path)
+    is_lsg = is_published_lsg(config_dict) or config_dict.get("model_type") == LSGBartConfig.model_type
+    if not is_lsg and config_dict.get("model_type") != "bart":
+        raise ValueError(
+            f"model_or_path: expected a BART or LSG-BART, got model_type {config_dict.get('model_type')!r} at {path}; "
+            "mBART, Pegasus and others are not supported yet"
+        )
+    (name,) = (config_dict.get("architectures") or [BartForConditionalGeneration.__name__])[:1]
+    by_name = {cls.__name__: cls for pair in _CLASSES.items() for cls in pair}
+    target_class = _target_class(by_name.get(name, name))
+    (plain_class,) = (plain for plain, lsg in _CLASSES.items() if lsg is target_class)
+    return (target_class if is_lsg else plain_class).from_pretrained(path, **_SAVED_DTYPE), target_class
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a name or directory, which must be there: some versions of AutoTokenizer make one of nothing.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not any(has_file(path, name) for name in ("tokenizer.json", "vocab.json")):
+        raise ValueError(f"tokenizer: expected one at {path}, which has neither tokenizer.json nor vocab.json")
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _target_class(source: type | str) -> type[LSGBartPreTrainedModel]:
+    """The LSG class for a class of BART models; a string is the name of a class that there is none for."""
+    for plain, lsg in _CLASSES.items():
+        if source in (plain, lsg):
+            return lsg
+    expected = ", ".join(cls.__name__ for cls in _CLASSES)
+    got = source if isinstance(source, str) else source.__name__
+    raise ValueError(f"model_or_path: expected one of {expected}, or an LSG one, got {got}")
+
+
+def _check(folder: Path, model: LSGBartPreTrainedModel, max_length: int) -> None:
+    """Compare what is in a folder with what should be."""
+    loaded, info = type(model).from_pretrained(folder, output_loading_info=True, **_SAVED_DTYPE)
+    found, expected = loaded.state_dict(), model.state_dict()
+    wrong = [name for name in expected if name not in found or not torch.equal(found[name], expected[name].cpu())]
+    wrong += [f"{what}: {names}" for what, names in info.items() if names]
+    got = AutoTokenizer.from_pretrained(folder).model_max_length
+    if got != max_length:
+        wrong.append(f"the tokenizer's model_max_length is {got}")
+    if wrong:
+        raise RuntimeError(f"what was written is not what was converted: {'; '.join(wrong)}")

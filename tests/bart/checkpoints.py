@@ -1,0 +1,42 @@
+"""The tiny checkpoints in tests/goldens/bart: what lsg-converter 0.1.9 published, and what it computed."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lsg_attn.bart import LSGBartForConditionalGeneration
+
+FOLDER = Path(__file__).parent.parent / "goldens/bart"
+BASE, CONVERTED = FOLDER / "base", FOLDER / "converted"
+SEQ2SEQ = [FOLDER / name for name in ("seq2seq_norm", "seq2seq_stride_no_pass", "seq2seq_pooling_mask_first")]
+CLASSIFY = FOLDER / "classify_bos_pooling"
+NORM = SEQ2SEQ[0]
+GENERATE = {"max_new_tokens": 16, "min_new_tokens": 8, "do_sample": False}
+
+
+class Recorded(NamedTuple):
+    """What the original was given, by the argument's name, and what came out."""
+
+    inputs: dict[str, torch.Tensor]
+    results: dict[str, torch.Tensor]
+
+
+def recorded(folder):
+    """The recording beside a checkpoint."""
+    with np.load(folder / "io.npz") as file:
+        arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+    inputs = {name: arrays.pop(name) for name in ("input_ids", "attention_mask", "decoder_input_ids") if name in arrays}
+    return Recorded(inputs, arrays)
+
+
+def encoder_mask(model, attention_mask):
+    """Which of the encoder's states (batch, G+T) carry a meaning: those of globals and of tokens."""
+    num_globals = model.config.num_global_tokens if model.config.pass_global_tokens_to_decoder else 0
+    return torch.nn.functional.pad(attention_mask, (num_globals, 0), value=1).bool()
+
+
+def seq2seq(folder=NORM, **overrides):
+    """A checkpoint with its language-modeling head, in evaluation mode."""
+    return LSGBartForConditionalGeneration.from_pretrained(folder, **overrides).eval()

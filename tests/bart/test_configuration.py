@@ -1,0 +1,91 @@
+"""LSGBartConfig: what it takes, what it refuses by name, what it writes."""
+
+import json
+
+import pytest
+from checkpoints import BASE, NORM, seq2seq
+from transformers import AutoConfig
+
+from lsg_attn.bart import LSGBartConfig, LSGBartModel
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        ({"sparsity_type": "mean"}, ValueError, "sparsity_type: expected one of"),
+        ({"sparsity_type": 3}, TypeError, "sparsity_type: expected a str"),
+        ({"block_size": 30, "sparsity_factor": 4}, ValueError, "sparsity_factor must divide block_size"),
+        ({"sparse_block_size": -1}, ValueError, "sparse_block_size: expected an int >= 0"),
+        ({"block_size": 64.0}, TypeError, "block_size: expected an int, got 64.0"),
+        ({"num_global_tokens": 513}, ValueError, "num_global_tokens: expected at most 512, got 513"),
+        ({"num_global_tokens": -1}, ValueError, "num_global_tokens: expected an int >= 0"),
+        ({"mask_first_token": "yes"}, TypeError, "mask_first_token: expected a bool, got 'yes'"),
+        ({"adaptive": None}, TypeError, "adaptive: expected a bool"),
+        (
+            {"mask_first_token": True, "pool_with_global": False},
+            ValueError,
+            "pool_with_global: expected True with mask_first_token=True",
+        ),
+        (
+            {"num_global_tokens": 0, "pass_global_tokens_to_decoder": False},
+            ValueError,
+            "num_global_tokens: expected at least 1 for pool_with_global=True",
+        ),
+        ({"attention_implementation": "sdpa"}, ValueError, "attention_implementation: expected 'auto'"),
+    ],
+)
+def test_mistakes_name_the_key(overrides, error, message):
+    with pytest.raises(error, match=message):
+        LSGBartConfig(**overrides)
+    for load in (LSGBartConfig.from_pretrained, AutoConfig.from_pretrained, LSGBartModel.from_pretrained):
+        with pytest.raises(error, match=message):
+            load(NORM, **overrides)
+
+
+def test_overrides_are_checked_together():
+    """Each alone would not fit the checkpoint's block_size of 32."""
+    model = seq2seq(sparsity_type="bos_pooling", block_size=96, sparsity_factor=48)
+    pattern = model.model.encoder.layers[0].self_attn.pattern
+    assert (pattern.sparsity_type, pattern.block_size, pattern.sparsity_factor) == ("bos_pooling", 96, 48)
+    assert pattern.sparse_block_size == 32  # the checkpoint's
+
+
+def test_a_changed_configuration_is_checked_when_used():
+    config = LSGBartConfig.from_pretrained(NORM)
+    config.block_size = 33
+    with pytest.raises(ValueError, match="sparsity_factor must divide block_size"):
+        LSGBartModel(config)
+
+
+def test_a_misspelt_key_of_the_model_is_an_error():
+    with pytest.raises(TypeError, match="blok_size"):
+        LSGBartModel.from_pretrained(NORM, blok_size=64)
+
+
+def test_published_and_written_configurations_say_the_same(tmp_path):
+    published = LSGBartConfig.from_pretrained(NORM, attention_implementation="reference")
+    published.save_pretrained(tmp_path)
+    written = LSGBartConfig.from_pretrained(tmp_path)
+    assert written.to_dict().items() >= {"block_size": 32, "model_type": "lsg_bart", "num_global_tokens": 1}.items()
+    assert written.lsg_pattern() == published.lsg_pattern()
+    assert (published.attention_implementation, written.attention_implementation) == ("reference", "auto")
+
+
+def test_no_sparsity_was_written_as_null():
+    assert LSGBartConfig(sparsity_type=None).lsg_pattern().sparsity_type == "none"
+
+
+@pytest.mark.parametrize("directory", ["plain", "other"])
+def test_other_models_are_refused(directory, tmp_path):
+    folder, kind = BASE, "bart"
+    if directory == "other":
+        folder, kind = tmp_path, "pegasus"
+        (folder / "config.json").write_text(json.dumps({"model_type": kind}))
+    for cls in (LSGBartConfig, LSGBartModel):
+        with pytest.raises(ValueError, match=rf"expected the directory of an LSG-BART.*got model_type '{kind}'"):
+            cls.from_pretrained(folder)
+
+
+def test_a_model_wants_its_own_configuration():
+    with pytest.raises(TypeError, match="config: expected an LSGBartConfig, got BartConfig"):
+        LSGBartModel(AutoConfig.from_pretrained(BASE))
