@@ -114,7 +114,7 @@ class LSGBartEncoder(LSGBartPreTrainedModel, BartEncoder):
         Args:
             input_ids: (batch, T), or
             inputs_embeds: (batch, T, d_model), exactly one of the two.
-            attention_mask: (batch, T), true or 1 for a token.
+            attention_mask: (batch, T), of any dtype, nonzero for a token.
             head_mask: None; sparse layers have no matrix of probabilities to mask.
             output_attentions: not true, for the same reason.
             output_hidden_states: whether to return the states before each layer and after the last.
@@ -145,6 +145,8 @@ class LSGBartEncoder(LSGBartPreTrainedModel, BartEncoder):
             )
         if self.config.mask_first_token:
             attention_mask = without_first(attention_mask, inputs_embeds)
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask != 0  # which BART takes, too
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         all_states: tuple[Tensor, ...] | None = () if keep_all else None
 
@@ -282,7 +284,11 @@ class LSGBartForQuestionAnswering(LSGBartPreTrainedModel, BartForQuestionAnsweri
 
 
 class LSGBartForCausalLM(LSGBartPreTrainedModel, BartForCausalLM):
-    """The decoder alone, which is BART's: :class:`transformers.BartForCausalLM` with an LSG-BART's configuration."""
+    """The decoder alone, which is BART's: :class:`transformers.BartForCausalLM` with an LSG-BART's configuration.
+
+    As with any BART, transformers does not look for the embeddings under ``model.shared``, where the checkpoint of a
+    whole model has them, and warns that they are new.
+    """
 
     def __init__(self, config: LSGBartConfig) -> None:
         BartForCausalLM.__init__(self, config)

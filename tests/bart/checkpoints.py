@@ -15,6 +15,22 @@ CLASSIFY = FOLDER / "classify_bos_pooling"
 NORM = SEQ2SEQ[0]
 GENERATE = {"max_new_tokens": 16, "min_new_tokens": 8, "do_sample": False}
 
+# a configuration of random models for what was not recorded
+TINY = {
+    "vocab_size": 99,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 256,
+    "init_std": 0.2,
+    "block_size": 16,
+    "sparse_block_size": 16,
+}
+
 
 class Recorded(NamedTuple):
     """What the original was given, by the argument's name, and what came out."""

@@ -1,0 +1,224 @@
+"""LSG-BART behaves as a BART of transformers: inputs, outputs, heads, generation, dtypes."""
+
+import pytest
+import torch
+import transformers
+from checkpoints import GENERATE, NORM, SEQ2SEQ, TINY, recorded, seq2seq
+from packaging.version import Version
+from torch.nn.functional import pad
+from transformers import BartForCausalLM
+from transformers.modeling_outputs import BaseModelOutput
+
+from lsg_attn.bart import (
+    LSGBartConfig,
+    LSGBartForCausalLM,
+    LSGBartForConditionalGeneration,
+    LSGBartForQuestionAnswering,
+    LSGBartModel,
+)
+from lsg_attn.testing import TOLERANCES, relative_rms
+
+each = pytest.mark.parametrize("folder", SEQ2SEQ, ids=[folder.name for folder in SEQ2SEQ])
+
+
+def tiny(cls=LSGBartForConditionalGeneration, **keys):
+    """A small random model in evaluation mode, and ids of two documents for it, without padding, each with one EOS."""
+    torch.manual_seed(0)
+    model = cls(LSGBartConfig(**{**TINY, **keys})).eval()
+    ids = torch.randint(4, 99, (2, 101))
+    ids[:, 0], ids[:, -1] = 0, 2
+    return model, ids
+
+
+@each
+@torch.no_grad()
+def test_ways_to_say_the_same(folder):
+    """inputs_embeds, precomputed encoder_outputs of either kind, tuples and hidden states."""
+    inputs, results = recorded(folder)
+    model = seq2seq(folder)
+    mask, start = inputs["attention_mask"], inputs["decoder_input_ids"]
+    caller_mask = mask.clone()
+    states = model.get_encoder()(inputs["input_ids"], mask)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    for given in (
+        {"inputs_embeds": embeds},
+        {"encoder_outputs": states},
+        {"encoder_outputs": (states.last_hidden_state,)},
+        {"input_ids": inputs["input_ids"]},
+    ):
+        for return_dict in (True, False):
+            out = model(attention_mask=mask, decoder_input_ids=start, return_dict=return_dict, **given)
+            torch.testing.assert_close(out[0], results["logits"], atol=1e-4, rtol=0)
+            assert isinstance(out, tuple) is not return_dict
+    assert torch.equal(mask, caller_mask)
+
+    config, length = model.config, inputs["input_ids"].shape[1]
+    out = model(**inputs, output_hidden_states=True)
+    assert len(out.encoder_hidden_states) == len(out.decoder_hidden_states) == config.encoder_layers + 1
+    assert {x.shape[1] for x in out.encoder_hidden_states} == {config.num_global_tokens + length}
+    last = model.get_encoder()(inputs["input_ids"], mask, output_hidden_states=True, return_dict=False)
+    assert torch.equal(last[0][:, 1:], last[1][-1][:, last[1][-1].shape[1] - last[0].shape[1] + 1 :])
+    assert type(states) is BaseModelOutput
+
+
+@torch.no_grad()
+def test_no_mask_and_masks_of_any_dtype():
+    for keys in ({}, {"mask_first_token": True}, {"pass_global_tokens_to_decoder": False}):
+        model, ids = tiny(**keys)
+        expected = model(ids, attention_mask=torch.ones_like(ids), decoder_input_ids=ids[:, :7]).logits
+        assert torch.equal(model(ids, decoder_input_ids=ids[:, :7]).logits, expected)
+        mask = torch.ones_like(ids)
+        mask[1, 50:] = 0
+        expected = model(ids, attention_mask=mask, decoder_input_ids=ids[:, :7]).logits
+        assert torch.equal(model(ids, attention_mask=mask.float(), decoder_input_ids=ids[:, :7]).logits, expected)
+
+
+@torch.no_grad()
+def test_mask_first_token_hides_it_from_all():
+    model, ids = tiny(mask_first_token=True, num_global_tokens=3)
+    other = ids.clone()
+    other[:, 0] = 50
+    start = ids[:, :5]
+    assert torch.equal(model(ids, decoder_input_ids=start).logits, model(other, decoder_input_ids=start).logits)
+    states = model.get_encoder()(ids)  # also where they come precomputed
+    assert torch.equal(
+        model(encoder_outputs=states, decoder_input_ids=start).logits, model(ids, decoder_input_ids=start).logits
+    )
+
+
+@pytest.mark.parametrize("length", [1, 15, 32, 33, 256])
+@pytest.mark.parametrize("sparsity_type", ["norm", "bos_pooling", "lsh", "none"])
+@torch.no_grad()
+def test_any_length_and_number_of_globals(length, sparsity_type):
+    """The block-wise path against the dense reference."""
+    for num_globals in (0, 1, 17):
+        keys = {"num_global_tokens": num_globals, "sparsity_type": sparsity_type, "adaptive": False}
+        model, _ = tiny(LSGBartModel, **keys)
+        ids = torch.randint(4, 99, (2, length))
+        mask = torch.ones_like(ids)
+        mask[1, length // 2 + 1 :] = 0
+        states = model.encoder(ids, mask).last_hidden_state
+        dense, _ = tiny(LSGBartModel, **keys, attention_implementation="reference")
+        expected = dense.encoder(ids, mask).last_hidden_state
+        keep = pad(mask, (num_globals, 0), value=1).bool()
+        assert states.shape == (2, num_globals + length, 32)
+        assert relative_rms(states[keep], expected[keep]) < TOLERANCES[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"output_attentions": True}, "output_attentions: expected False"),
+        ({"head_mask": torch.ones(2, 4)}, "head_mask: expected None"),
+        ({"inputs_embeds": torch.zeros(2, 101, 32)}, "exactly one of input_ids and inputs_embeds"),
+        ({"attention_mask": torch.ones(2, 103)}, r"attention_mask: expected shape"),
+    ],
+)
+def test_bad_inputs_of_the_encoder(arguments, message):
+    model, ids = tiny(LSGBartModel)
+    for call in (model.encoder, model):
+        with pytest.raises(ValueError, match=message):
+            call(ids, **arguments)
+
+
+def test_other_bad_inputs():
+    model, ids = tiny()
+    with pytest.raises(ValueError, match="expected at most max_position_embeddings=256 tokens, got 303"):
+        model(ids.repeat(1, 3))
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model.get_encoder()()
+    states = model.get_encoder()(ids)
+    mask = torch.ones(2, 102)  # with the global token: not what is asked for
+    with pytest.raises(ValueError, match=r"expected shape \(batch, T\) = \(2, 101\), got \(2, 102\)"):
+        model(encoder_outputs=states, attention_mask=mask, decoder_input_ids=ids[:, :3])
+
+
+@torch.no_grad()
+def test_attentions_of_the_decoder_can_be_had():
+    model, ids = tiny(attn_implementation="eager")
+    states = model.get_encoder()(ids)
+    out = model(encoder_outputs=states, decoder_input_ids=ids[:, :5], output_attentions=True)
+    assert [x.shape for x in out.cross_attentions] == [(2, 4, 5, 102)] * 2
+    assert [x.shape for x in out.decoder_attentions] == [(2, 4, 5, 5)] * 2
+
+
+@torch.no_grad()
+def test_heads_read_the_same_decoder():
+    """The question-answering head, and the decoder alone, with the weights of a recorded model."""
+    inputs, _ = recorded(NORM)
+    model = seq2seq()
+    states = model.model(**inputs).last_hidden_state
+
+    reader = LSGBartForQuestionAnswering.from_pretrained(NORM).eval()
+    out = reader(**inputs)
+    expected = reader.qa_outputs(states)
+    torch.testing.assert_close(torch.stack([out.start_logits, out.end_logits], dim=-1), expected, atol=1e-5, rtol=1e-5)
+
+    decoder = LSGBartForCausalLM(LSGBartConfig.from_pretrained(NORM)).eval()
+    decoder.load_state_dict({name: x for name, x in model.state_dict().items() if name in decoder.state_dict()})
+    plain = BartForCausalLM(decoder.config).eval()
+    plain.load_state_dict(decoder.state_dict())
+    ids = inputs["decoder_input_ids"]
+    encoded = model.get_encoder()(inputs["input_ids"]).last_hidden_state
+    got = decoder(ids, encoder_hidden_states=encoded).logits
+    assert torch.equal(got, plain(ids, encoder_hidden_states=encoded).logits)
+    torch.testing.assert_close(
+        got, model(inputs["input_ids"], decoder_input_ids=ids).logits - model.final_logits_bias, atol=1e-5, rtol=1e-5
+    )
+
+
+@each
+def test_generation(folder):
+    """Sampling repeats from a seed; encoder_outputs and inputs_embeds made before change nothing."""
+    inputs, results = recorded(folder)
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    model = seq2seq(folder)
+    sampled = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        sampled.append(model.generate(**given, max_new_tokens=16, do_sample=True, num_beams=2))
+    assert torch.equal(*sampled)
+    with torch.no_grad():
+        states = model.get_encoder()(**given)
+    early = model.generate(attention_mask=given["attention_mask"], encoder_outputs=states, **GENERATE)
+    assert torch.equal(early, results["greedy"])
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(given["input_ids"])
+    early = model.generate(inputs_embeds=embeds, attention_mask=given["attention_mask"], **GENERATE)
+    assert torch.equal(early, results["greedy"])
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("4.53"), reason="BART had no static cache then")
+@each
+def test_generation_with_a_static_cache(folder):
+    inputs, results = recorded(folder)
+    inputs.pop("decoder_input_ids")
+    out = seq2seq(folder).generate(**inputs, **GENERATE, cache_implementation="static")
+    assert torch.equal(out, results["greedy"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@each
+@torch.no_grad()
+def test_half_precision(folder, dtype):
+    """The encoder's error against float64 is bounded by that of the dense reference in the same dtype."""
+    inputs, _ = recorded(folder)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    exact = seq2seq(folder, attention_implementation="reference").double().get_encoder()(ids, mask)[0]
+    keep = pad(mask, (exact.shape[1] - ids.shape[1], 0), value=1).bool()
+    errors = {}
+    for implementation in ("auto", "reference"):
+        model = seq2seq(folder, attention_implementation=implementation).to(dtype)
+        states = model.get_encoder()(ids, mask)[0]
+        assert states.dtype == dtype
+        errors[implementation] = relative_rms(states[keep], exact[keep])
+        assert model(**inputs).logits.dtype == dtype
+    assert errors["auto"] < 2 * errors["reference"]
+
+
+@torch.no_grad()
+def test_float16_overflow_is_clamped_as_in_bart():
+    model, ids = tiny(LSGBartModel)
+    layer = model.half().encoder.layers[-1]
+    layer.final_layer_norm.weight.fill_(6e4)
+    assert model.encoder(ids).last_hidden_state.isfinite().all()
