@@ -1,0 +1,90 @@
+"""Fine-tune an LSG-BART on documents and their summaries with transformers' Seq2SeqTrainer.
+
+    lsg-attn convert facebook/bart-base lsg-bart-4096 --max-length 4096
+    python examples/finetune.py data.jsonl --model lsg-bart-4096 --output my-summarizer
+
+Each line of the data is a JSON object with the strings "document" and "summary". It needs `pip install accelerate`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, Seq2SeqTrainer
+from transformers import Seq2SeqTrainingArguments as Arguments
+
+import lsg_attn.bart  # noqa: F401  # the Auto classes know LSG-BART from here on
+
+
+class Summaries(Dataset[dict[str, Any]]):
+    """The examples of a JSON-lines file, tokenized when asked for.
+
+    Raises:
+        ValueError: a line has not both strings; it says which.
+    """
+
+    def __init__(self, path: Path, tokenizer: Any, max_length: int, max_target_length: int) -> None:
+        self.tokenizer, self.max_length, self.max_target_length = tokenizer, max_length, max_target_length
+        self.examples: list[dict[str, str]] = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            example = json.loads(line)
+            if not all(isinstance(example.get(key), str) for key in ("document", "summary")):
+                raise ValueError(f'{path}:{number}: expected the strings "document" and "summary", got {line[:80]}')
+            self.examples.append(example)
+        if not self.examples:
+            raise ValueError(f"{path}: expected at least one line")
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        example = self.examples[index]
+        inputs = self.tokenizer(example["document"], truncation=True, max_length=self.max_length)
+        target = self.tokenizer(text_target=example["summary"], truncation=True, max_length=self.max_target_length)
+        return {**inputs, "labels": target["input_ids"]}
+
+
+def main() -> None:
+    """Train and save."""
+    parser = argparse.ArgumentParser(description="Fine-tune an LSG-BART to summarize.")
+    parser.add_argument("data", type=Path, help='JSON lines with "document" and "summary"')
+    parser.add_argument("--model", required=True, help="an LSG-BART, by name or folder")
+    parser.add_argument("--output", required=True, help="the folder for the trained model")
+    parser.add_argument("--epochs", type=float, default=3)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--max-target-length", type=int, default=256)
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision, on GPUs that have bfloat16")
+    options = parser.parse_args()
+
+    model = AutoModelForSeq2SeqLM.from_pretrained(options.model)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    data = Summaries(options.data, tokenizer, model.config.max_position_embeddings, options.max_target_length)
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=Arguments(
+            output_dir=options.output,
+            num_train_epochs=options.epochs,
+            per_device_train_batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+            gradient_checkpointing=options.gradient_checkpointing,
+            bf16=options.bf16,
+            logging_steps=10,
+            save_strategy="no",
+            report_to=[],
+        ),
+        train_dataset=data,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
+    )
+    trainer.train()
+    trainer.save_model(options.output)
+    tokenizer.save_pretrained(options.output)
+
+
+if __name__ == "__main__":
+    main()

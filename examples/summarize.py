@@ -1,0 +1,72 @@
+"""Summarize a long text file with an LSG-BART, or with a BART made one on the spot, in one piece.
+
+    python examples/summarize.py book.txt --model ccdv/lsg-bart-base-4096-arxiv
+
+Nothing is cut into chunks: the document is read up to the model's length, and what is beyond is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from lsg_attn.bart import LSGBartConfig, convert
+
+
+def load(path: str, max_length: int | None) -> tuple[Any, Any]:
+    """The model and its tokenizer; a plain BART is converted for ``max_length`` tokens."""
+    if isinstance(AutoConfig.from_pretrained(path), LSGBartConfig):
+        return AutoModelForSeq2SeqLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    print(f"{path} is a plain BART: converting it for {max_length or 4096} tokens (not fine-tuned for that length)")
+    return convert(path, max_length or 4096)
+
+
+def main() -> None:
+    """Read, summarize, print."""
+    parser = argparse.ArgumentParser(description="Summarize a long text file.")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--model", required=True, help="an LSG-BART or BART, by name or folder")
+    parser.add_argument("--max-length", type=int, help="tokens to read (default: as many as the model can)")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--num-beams", type=int, default=4)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+
+    model, tokenizer = load(options.model, options.max_length)
+    model = model.to(options.device, torch.float32 if options.device == "cpu" else torch.bfloat16).eval()
+    limit = model.config.max_position_embeddings
+    if options.max_length is not None and options.max_length > limit:
+        parser.error(f"--max-length {options.max_length}: {options.model} reads at most {limit} tokens")
+    text = options.file.read_text(encoding="utf-8")
+    inputs = tokenizer(text, truncation=True, max_length=options.max_length or limit, return_tensors="pt")
+    num_tokens, in_all = inputs["input_ids"].shape[1], len(tokenizer(text, verbose=False)["input_ids"])
+    print(f"reading {num_tokens} of {in_all} tokens" + (", the rest is left out" if num_tokens < in_all else ""))
+
+    inputs = {name: inputs[name].to(options.device) for name in ("input_ids", "attention_mask")}
+
+    times = [time.perf_counter()]
+    with torch.inference_mode():
+        states = model.get_encoder()(**inputs, return_dict=True)
+        times.append(time.perf_counter())
+        (summary,) = model.generate(
+            encoder_outputs=states,
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=options.max_new_tokens,
+            num_beams=options.num_beams,
+        )
+        new_tokens = len(summary) - 1  # the first is the decoder's start; asking for the length waits for the device
+        times.append(time.perf_counter())
+    print(f"\n{tokenizer.decode(summary, skip_special_tokens=True)}\n")
+    reading, writing = times[1] - times[0], times[2] - times[1]
+    print(
+        f"read at {num_tokens / reading:.0f} tokens/s, wrote {new_tokens} tokens at {new_tokens / writing:.1f} tokens/s"
+    )
+
+
+if __name__ == "__main__":
+    main()
