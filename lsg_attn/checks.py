@@ -24,9 +24,10 @@ def number(name: str, value: object) -> float:
     """``value`` as a finite float, also from numpy floats; TypeError or ValueError if it is none."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {type_name(value)}")
-    if not -math.inf < value < math.inf:  # math.isfinite would break a graph of torch.compile(dynamic=True)
+    finite = float(value)
+    if not -math.inf < finite < math.inf:  # math.isfinite would break a graph of torch.compile(dynamic=True)
         raise ValueError(f"{name}: expected a finite number, got {value}")
-    return float(value)
+    return finite
 
 
 def probability(name: str, value: object) -> float:
