@@ -3,7 +3,11 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test static lint format bench clean
+# besides the newest, which constraints.txt pins; the first is the oldest that setup.py allows
+OLD_TRANSFORMERS := 4.44.2 4.57.6
+
+.PHONY: demo test test-matrix static lint format bench clean
+.SECONDARY:
 
 demo: $(VENV)/ready
 	$(BIN)/lsg-attn demo
@@ -12,6 +16,13 @@ test: lint
 	$(BIN)/python -m pytest
 	$(BIN)/python -m ttsem.sanitize pytest tests/kernels
 	$(BIN)/python -m bench.static --subset quick --target sm_90
+
+# LSG-BART with each of the versions of transformers, in an environment of its own.
+test-matrix: $(VENV)/ready $(OLD_TRANSFORMERS:%=test-transformers-%)
+	$(BIN)/python -m pytest tests/bart
+
+test-transformers-%: $(VENV)-transformers-%/ready
+	$(VENV)-transformers-$*/bin/python -m pytest tests/bart
 
 static: $(VENV)/ready
 	$(BIN)/python -m bench.static --json bench/results/static.json
@@ -36,5 +47,12 @@ $(VENV)/ready: Makefile setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0
 	touch $@
 
+$(VENV)-transformers-%/ready: Makefile setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	grep -v '^transformers==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable ".[dev]" transformers==$*
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-transformers-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
