@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, Seq2SeqTrainer
 from transformers import Seq2SeqTrainingArguments as Arguments
 
-import lsg_attn.bart  # noqa: F401  # the Auto classes know LSG-BART from here on
+from lsg_attn.bart import LSGBartConfig
 
 
 class Summaries(Dataset[dict[str, Any]]):
@@ -30,13 +30,22 @@ class Summaries(Dataset[dict[str, Any]]):
     def __init__(self, path: Path, tokenizer: Any, max_length: int, max_target_length: int) -> None:
         self.tokenizer, self.max_length, self.max_target_length = tokenizer, max_length, max_target_length
         self.examples: list[dict[str, str]] = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            example = json.loads(line)
-            if not all(isinstance(example.get(key), str) for key in ("document", "summary")):
-                raise ValueError(f'{path}:{number}: expected the strings "document" and "summary", got {line[:80]}')
-            self.examples.append(example)
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    self.examples.append(self._parsed(line, f"{path}:{number}"))
         if not self.examples:
             raise ValueError(f"{path}: expected at least one line")
+
+    @staticmethod
+    def _parsed(line: str, where: str) -> dict[str, str]:
+        try:
+            example = json.loads(line)
+        except json.JSONDecodeError:
+            example = None
+        if not isinstance(example, dict) or not all(isinstance(example.get(x), str) for x in ("document", "summary")):
+            raise ValueError(f'{where}: expected an object with the strings "document" and "summary", got {line[:80]}')
+        return example
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -63,6 +72,8 @@ def main() -> None:
     options = parser.parse_args()
 
     model = AutoModelForSeq2SeqLM.from_pretrained(options.model)
+    if not isinstance(model.config, LSGBartConfig):
+        parser.error(f"{options.model} is no LSG-BART: make one of it with `lsg-attn convert`")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     data = Summaries(options.data, tokenizer, model.config.max_position_embeddings, options.max_target_length)
     trainer = Seq2SeqTrainer(

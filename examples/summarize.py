@@ -26,6 +26,13 @@ def load(path: str, max_length: int | None) -> tuple[Any, Any]:
     return convert(path, max_length or 4096)
 
 
+def now(device: str) -> float:
+    """Seconds, when the device has done what it was told."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def main() -> None:
     """Read, summarize, print."""
     parser = argparse.ArgumentParser(description="Summarize a long text file.")
@@ -49,18 +56,18 @@ def main() -> None:
 
     inputs = {name: inputs[name].to(options.device) for name in ("input_ids", "attention_mask")}
 
-    times = [time.perf_counter()]
+    times = [now(options.device)]
     with torch.inference_mode():
         states = model.get_encoder()(**inputs, return_dict=True)
-        times.append(time.perf_counter())
+        times.append(now(options.device))
         (summary,) = model.generate(
             encoder_outputs=states,
             attention_mask=inputs["attention_mask"],
             max_new_tokens=options.max_new_tokens,
             num_beams=options.num_beams,
         )
-        new_tokens = len(summary) - 1  # the first is the decoder's start; asking for the length waits for the device
-        times.append(time.perf_counter())
+        times.append(now(options.device))
+    new_tokens = len(summary) - 1  # the first is the decoder's start
     print(f"\n{tokenizer.decode(summary, skip_special_tokens=True)}\n")
     reading, writing = times[1] - times[0], times[2] - times[1]
     print(

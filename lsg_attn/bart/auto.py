@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -27,27 +28,29 @@ from .modeling import (
     LSGBartModel,
 )
 
+_PLAIN_CONFIG: Any = CONFIG_MAPPING[BartConfig.model_type]  # BartConfig, unless somebody has registered theirs
+
 
 class BartOrLSGConfig(BartConfig):
-    """What AutoConfig finds under "bart": makes an LSGBartConfig of what lsg-converter wrote, else a BartConfig.
+    """What AutoConfig finds under "bart": makes an LSGBartConfig of what lsg-converter wrote, else a plain one.
 
     It has no instances. For every directory but lsg-converter's the result is what it was without it.
     """
 
     # From here on, transformers prefers code registered from elsewhere to a repository's own, even with
     # trust_remote_code=True. Other people's BARTs keep theirs.
-    __module__ = BartConfig.__module__
+    __module__ = _PLAIN_CONFIG.__module__
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """A BartConfig, as ``AutoConfig.for_model("bart")`` promises."""
-        return BartConfig(*args, **kwargs)
+        """A plain configuration, as ``AutoConfig.for_model("bart")`` promises."""
+        return _PLAIN_CONFIG(*args, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """The configuration in a directory's ``config.json``, of the class that it needs."""
         if is_published_lsg(config_dict):
             return LSGBartConfig.from_dict(modernised(config_dict), **kwargs)
-        return BartConfig.from_dict(config_dict, **kwargs)
+        return _PLAIN_CONFIG.from_dict(config_dict, **kwargs)
 
 
 def register() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from transformers import BartConfig
@@ -79,7 +80,8 @@ class LSGBartConfig(BartConfig):
         self.pool_with_global = pool_with_global
         self.adaptive = adaptive
         self.attention_implementation = attention_implementation
-        self.lsg_pattern()
+        for key, value in asdict(self.lsg_pattern()).items():
+            setattr(self, key, value)  # an int also where a numpy integer came, which JSON does not take
 
     def lsg_pattern(self) -> LSGPattern:
         """The encoder's pattern, after a check of all keys of the encoder as they are now.
@@ -119,6 +121,12 @@ class LSGBartConfig(BartConfig):
         """
         overrides = {key: kwargs.pop(key) for key in LSG_KEYS if key in kwargs}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all keys are equal; since transformers 5 the inherited one knows BART's only."""
+        return type(other) is type(self) and other.__dict__ == self.__dict__
+
+    __hash__ = None  # type: ignore[assignment]  # can be changed
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, without ``attention_implementation``."""

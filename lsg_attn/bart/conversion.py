@@ -34,6 +34,7 @@ from .modeling import (
 )
 
 CHECKPOINT_STEPS = ("convert", "write", "check")
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "sentencepiece.bpe.model", "spiece.model")
 _OFFSET = 2  # rows of BART's position embeddings before position 0
 _CLASSES: dict[type[Any], type[Any]] = {
     BartModel: LSGBartModel,
@@ -67,7 +68,8 @@ def convert(
 
     Positions, of encoder and decoder, are repeated until there are ``max_length``. A global token is the embedding of
     BOS (the first) or MASK (the others) plus that of a position, another for each. An LSG-BART is resized: its
-    positions change, its global tokens stay. The source is left as it is.
+    positions change, its global tokens stay. The source is left as it is. A directory whose architecture is BartModel,
+    such as facebook/bart-base, is taken for BART as it was pretrained, with its head, which is the token embeddings.
 
     Args:
         model_or_path: a BART or LSG-BART with an encoder, or its name or directory.
@@ -82,15 +84,16 @@ def convert(
         **lsg_keys: keys of :class:`LSGBartConfig` for the encoder, such as ``num_global_tokens``.
 
     Returns:
-        The model, of the source's kind, dtype and device, and a copy of the tokenizer with
+        The model, of the source's kind, dtype, device and attention, and a copy of the tokenizer with
         ``model_max_length=max_length``; None where a model came without one.
 
     Raises:
         TypeError: an argument is not of the type named above, or a key is none of the encoder's.
-        ValueError: the source is no BART with an encoder, or has no tokenizer, or one without MASK; a number is out of
-            range, or keys do not go together.
+        ValueError: the source is no BART with an encoder, lacks weights, or has no tokenizer, or one without MASK; a
+            number is out of range, or keys do not go together.
     """
     max_length = integer("max_length", max_length, 1)
+    seed = integer("seed", seed, 0)
     if unknown := set(lsg_keys) - set(LSG_KEYS):
         raise TypeError(f"convert: expected keys out of {LSG_KEYS}, got {', '.join(sorted(unknown))}")
     if isinstance(model_or_path, BartPreTrainedModel):
@@ -100,9 +103,16 @@ def convert(
         tokenizer = load_tokenizer(model_or_path) if tokenizer is None else tokenizer
     else:
         raise TypeError(f"model_or_path: expected a BART, a name or a directory, got {type_name(model_or_path)}")
-    config = LSGBartConfig.from_dict(source.config.to_dict(), **lsg_keys, max_position_embeddings=max_length)
-
     is_lsg = isinstance(source, LSGBartPreTrainedModel)
+    if is_lsg:  # neither this nor attn_implementation is in a configuration's dictionary
+        lsg_keys.setdefault("attention_implementation", source.config.attention_implementation)
+    config = LSGBartConfig.from_dict(
+        {key: value for key, value in source.config.to_dict().items() if key != "auto_map"},  # of another model
+        **lsg_keys,
+        max_position_embeddings=max_length,
+        attn_implementation=source.config._attn_implementation,
+    )
+
     if keep_first_global_token and not is_lsg:
         raise ValueError("keep_first_global_token: expected False for a BART without global tokens, got True")
     if random_global_init and is_lsg and not keep_first_global_token:
@@ -160,7 +170,7 @@ def convert_checkpoint(
         TypeError, ValueError: as :func:`convert`.
     """
     destination = Path(destination)
-    if destination.exists():
+    if destination.exists() or destination.is_symlink():
         raise FileExistsError(f"destination: expected a directory that does not exist yet, got {destination}")
     on_step("convert")
     model, tokenizer = convert(source, max_length, **options)
@@ -236,11 +246,19 @@ def _load(path: str | Path) -> tuple[BartPreTrainedModel, type[LSGBartPreTrained
             f"model_or_path: expected a BART or LSG-BART, got model_type {config_dict.get('model_type')!r} at {path}; "
             "mBART, Pegasus and others are not supported yet"
         )
-    (name,) = (config_dict.get("architectures") or [BartForConditionalGeneration.__name__])[:1]
+    (name,) = (config_dict.get("architectures") or [BartModel.__name__])[:1]
     by_name = {cls.__name__: cls for pair in _CLASSES.items() for cls in pair}
     target_class = _target_class(by_name.get(name, name))
+    if target_class is LSGBartModel:
+        target_class = LSGBartForConditionalGeneration  # all that it adds is tied, or 0
     (plain_class,) = (plain for plain, lsg in _CLASSES.items() if lsg is target_class)
-    return (target_class if is_lsg else plain_class).from_pretrained(path, **_SAVED_DTYPE), target_class
+    model_class = target_class if is_lsg else plain_class
+    model, info = model_class.from_pretrained(path, output_loading_info=True, **_SAVED_DTYPE)
+    states, missing = model.state_dict(), set(info["missing_keys"])
+    loaded = {states[name].data_ptr() for name in states if name not in missing}
+    if drawn := sorted(name for name in missing if states[name].data_ptr() not in loaded):
+        raise ValueError(f"model_or_path: expected all weights of a {model_class.__name__} at {path}, missing {drawn}")
+    return model, target_class
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -249,8 +267,8 @@ def load_tokenizer(path: str | Path) -> Any:
     Raises:
         ValueError: there is none.
     """
-    if not any(has_file(path, name) for name in ("tokenizer.json", "vocab.json")):
-        raise ValueError(f"tokenizer: expected one at {path}, which has neither tokenizer.json nor vocab.json")
+    if not any(has_file(path, name) for name in _VOCABULARIES):
+        raise ValueError(f"tokenizer: expected one at {path}, which has none of {', '.join(_VOCABULARIES)}")
     return AutoTokenizer.from_pretrained(path)
 
 

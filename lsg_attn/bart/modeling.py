@@ -90,6 +90,11 @@ class LSGBartEncoder(LSGBartPreTrainedModel, BartEncoder):
         self.layerdrop = config.encoder_layerdrop
         self.padding_idx = config.pad_token_id
         self.max_source_positions = config.max_position_embeddings
+        # as the pattern, these stay what they were when the model was made
+        self.num_global_tokens = config.num_global_tokens
+        self.mask_first_token = config.mask_first_token
+        self.pool_with_global = config.pool_with_global
+        self.pass_global_tokens_to_decoder = config.pass_global_tokens_to_decoder
         self.embed_tokens = word_embedding(config)
         self.embed_positions = BartLearnedPositionalEmbedding(config.max_position_embeddings, config.d_model)
         self.global_embeddings = nn.Embedding(GLOBAL_ROWS, config.d_model)
@@ -143,7 +148,10 @@ class LSGBartEncoder(LSGBartPreTrainedModel, BartEncoder):
                 f"expected at most max_position_embeddings={self.max_source_positions} tokens, got "
                 f"{inputs_embeds.shape[1]}; truncate them, or lsg_attn.bart.convert makes room for more"
             )
-        if self.config.mask_first_token:
+        if attention_mask is not None and attention_mask.shape != inputs_embeds.shape[:2]:
+            expected, got = tuple(inputs_embeds.shape[:2]), tuple(attention_mask.shape)
+            raise ValueError(f"attention_mask: expected shape (batch, T) = {expected}, got {got}")
+        if self.mask_first_token:
             attention_mask = without_first(attention_mask, inputs_embeds)
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask != 0  # which BART takes, too
@@ -169,25 +177,26 @@ class LSGBartEncoder(LSGBartPreTrainedModel, BartEncoder):
 
     def _embed(self, inputs_embeds: Tensor) -> Tensor:
         """(batch, T, d_model) -> (batch, G+T, d_model): global tokens, then tokens, to which positions are added."""
-        positions = self.embed_positions(inputs_embeds[..., -1])  # reads the shape only
-        global_states = self.global_embeddings.weight[: self.config.num_global_tokens]
-        global_states = global_states.expand(len(inputs_embeds), -1, -1)
+        device = inputs_embeds.device
+        positions = self.embed_positions(inputs_embeds[..., -1]).to(device)  # of what it is given, it reads the shape
+        rows = torch.arange(self.num_global_tokens, device=device)
+        global_states = self.global_embeddings(rows).expand(len(inputs_embeds), -1, -1)
         hidden_states = self.layernorm_embedding(torch.cat([global_states, inputs_embeds + positions], dim=1))
         return nn.functional.dropout(hidden_states, self.dropout, self.training)
 
     def _for_decoder(self, hidden_states: Tensor) -> Tensor:
         """(batch, G+T, d_model) -> the same, or (batch, T, d_model) without the states of the global tokens."""
-        if self.config.pass_global_tokens_to_decoder:
+        if self.pass_global_tokens_to_decoder:
             return hidden_states
-        num_globals = self.config.num_global_tokens
-        if self.config.pool_with_global:
-            return torch.cat([hidden_states[:, :1], hidden_states[:, num_globals + 1 :]], dim=1)
-        return hidden_states[:, num_globals:]
+        if self.pool_with_global:
+            return torch.cat([hidden_states[:, :1], hidden_states[:, self.num_global_tokens + 1 :]], dim=1)
+        return hidden_states[:, self.num_global_tokens :]
 
 
 class LSGBartModel(LSGBartPreTrainedModel, BartModel):
     """BART with an LSG encoder. Arguments and results are those of :class:`transformers.BartModel`.
 
+    From the fifth argument on, where the order differs between versions of transformers, they go by name.
     ``attention_mask`` is that of the tokens, (batch, T), also where ``encoder_outputs`` is given.
     """
 
@@ -203,6 +212,7 @@ class LSGBartModel(LSGBartPreTrainedModel, BartModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
         *,
         encoder_outputs: ModelOutput | tuple[Any, ...] | None = None,
         inputs_embeds: Tensor | None = None,
@@ -230,20 +240,21 @@ class LSGBartModel(LSGBartPreTrainedModel, BartModel):
             input_ids=input_ids,
             attention_mask=self._cross_attention_mask(attention_mask, encoder_outputs[0]),
             decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,  # a tuple: what BartModel takes with and without return_dict
             **decoder_kwargs,
         )
 
     def _cross_attention_mask(self, attention_mask: Tensor | None, states: Tensor) -> Tensor | None:
         """The tokens' mask (batch, T) as that of the encoder's states (batch, T or G+T, d_model)."""
-        num_globals = self.config.num_global_tokens if self.config.pass_global_tokens_to_decoder else 0
+        num_globals = self.encoder.num_global_tokens if self.encoder.pass_global_tokens_to_decoder else 0
         expected = (states.shape[0], states.shape[1] - num_globals)
         if attention_mask is not None and attention_mask.shape != expected:
             raise ValueError(
                 f"attention_mask: expected shape (batch, T) = {expected}, got {tuple(attention_mask.shape)}; the "
                 f"encoder's states are {tuple(states.shape)}, {num_globals} of them of global tokens"
             )
-        if self.config.mask_first_token:
+        if self.encoder.mask_first_token:
             attention_mask = without_first(attention_mask, states[:, num_globals:])
         return None if attention_mask is None else nn.functional.pad(attention_mask, (num_globals, 0), value=1)
 

@@ -1,7 +1,10 @@
 """LSGBartConfig: what it takes, what it refuses by name, what it writes."""
 
+import copy
 import json
+import pickle
 
+import numpy as np
 import pytest
 from checkpoints import BASE, NORM, seq2seq
 from transformers import AutoConfig
@@ -48,6 +51,15 @@ def test_overrides_are_checked_together():
     pattern = model.model.encoder.layers[0].self_attn.pattern
     assert (pattern.sparsity_type, pattern.block_size, pattern.sparsity_factor) == ("bos_pooling", 96, 48)
     assert pattern.sparse_block_size == 32  # the checkpoint's
+
+
+def test_configurations_are_equal_by_all_keys():
+    config = LSGBartConfig(block_size=np.int64(64))
+    assert config == LSGBartConfig(block_size=64)
+    assert config != LSGBartConfig(block_size=32)
+    assert config != LSGBartConfig(block_size=64, attention_implementation="reference")
+    assert json.loads(config.to_json_string(use_diff=False))["block_size"] == 64  # an int, which JSON takes
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
 
 
 def test_a_changed_configuration_is_checked_when_used():

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from checkpoints import BASE, CLASSIFY, CONVERTED, NORM, recorded, seq2seq
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -209,7 +209,8 @@ def plain(**keys):
         (BASE, {"global_positional_stride": 3}, ValueError, "global_positional_stride: expected 2 times a power of 2"),
         (BASE, {"global_positional_stride": 1}, ValueError, "global_positional_stride: expected 2 times a power of 2"),
         (BASE, {"tokenizer": object()}, ValueError, "tokenizer: expected one with bos_token and mask_token"),
-        (CLASSIFY, {}, ValueError, "has neither tokenizer.json nor vocab.json"),
+        (CLASSIFY, {}, ValueError, "which has none of tokenizer.json, vocab.json"),
+        (BASE, {"seed": "one"}, TypeError, "seed: expected an int"),
         (plain, {}, ValueError, "tokenizer: expected one with bos_token and mask_token, .* got NoneType"),
         (lambda: BartForCausalLM(plain().config), {}, ValueError, "expected one of BartModel, .* got BartForCausalLM"),
         (lambda: torch.nn.Linear(2, 2), {}, TypeError, "expected a BART, a name or a directory, got Linear"),
@@ -238,6 +239,59 @@ def test_other_architectures(keys, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(folder, tmp_path / "lsg")
     assert not (tmp_path / "lsg").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Moving the following attributes in the config")
+def test_a_directory_of_the_base_model_gets_its_head(tmp_path):
+    """facebook/bart-base names BartModel, and has settings of generation in its configuration."""
+    base = BartModel.from_pretrained(BASE)
+    base.save_pretrained(tmp_path / "source")
+    AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path / "source")
+    path = tmp_path / "source/config.json"
+    settings = {"num_beams": 4, "no_repeat_ngram_size": 3, "auto_map": {"AutoModel": "theirs.Model"}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    convert_checkpoint(tmp_path / "source", tmp_path / "lsg", 2048, **AS_CONVERTED)
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "lsg")
+    assert type(model) is LSGBartForConditionalGeneration
+    expected = load_file(CONVERTED / "model.safetensors")
+    assert all(torch.equal(x, expected[name]) for name, x in _stored(model))
+    assert "auto_map" not in json.loads((tmp_path / "lsg/config.json").read_text())
+    plain = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "source")
+    for name in ("num_beams", "no_repeat_ngram_size"):
+        expected = settings[name]
+        assert getattr(plain.generation_config, name) == expected
+        assert getattr(model.generation_config, name) == expected
+
+
+@pytest.mark.parametrize("lacking", ["model.encoder.layers.0.fc1.weight", "model.shared.weight"])
+def test_nothing_is_drawn_for_what_is_missing(lacking, tmp_path):
+    shutil.copytree(BASE, tmp_path / "source")
+    states = load_file(BASE / "model.safetensors")
+    del states[lacking]
+    save_file(states, tmp_path / "source/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"expected all weights of a BartForConditionalGeneration .*{lacking}"):
+        convert_checkpoint(tmp_path / "source", tmp_path / "lsg")
+    assert not (tmp_path / "lsg").exists()
+
+
+def test_choices_of_attention_come_along():
+    source = seq2seq(attn_implementation="eager", attention_implementation="reference")
+    model, _ = convert(source, 512)
+    assert model.config._attn_implementation == "eager"
+    assert model.model.encoder.layers[0].self_attn.implementation == "reference"
+
+
+def test_interrupted_while_writing(tmp_path, monkeypatch):
+    save = LSGBartForConditionalGeneration.save_pretrained
+
+    def stop(model, folder):
+        save(model, folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LSGBartForConditionalGeneration, "save_pretrained", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(BASE, tmp_path / "lsg")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("step", ["convert", "write", "check"])

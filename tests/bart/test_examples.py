@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -60,10 +61,18 @@ def test_finetune(tmp_path):
     assert type(tuned) is LSGBartForConditionalGeneration
     before = seq2seq(CONVERTED).model.encoder.global_embeddings.weight
     assert not torch.equal(tuned.model.encoder.global_embeddings.weight, before)
-    data.write_text('{"document": "one"}')
-    assert 'data.jsonl:1: expected the strings "document" and "summary"' in run(
-        "finetune.py", data, *arguments, status=1
-    )
+    out = run("finetune.py", data, "--model", BASE, "--output", tmp_path / "plain", status=2)
+    assert "is no LSG-BART: make one of it with `lsg-attn convert`" in out
+
+
+@pytest.mark.parametrize("line", ['{"document": "one"}', "[1]", "not JSON"])
+def test_lines_that_finetune_does_not_take(line, tmp_path):
+    """They are named by number; blank lines, and what only looks like the end of a line, are none of them."""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"document": "one\u2028more", "summary": "1"}\n\n' + line, encoding="utf-8")
+    finetune = runpy.run_path(str(EXAMPLES / "finetune.py"))
+    with pytest.raises(ValueError, match=r'data.jsonl:3: expected an object with the strings "document" and "summary"'):
+        finetune["Summaries"](data, None, 10, 10)
 
 
 def test_readme(document):
@@ -122,7 +131,7 @@ def test_sizes_are_those_of_bart():
     ("arguments", "message"),
     [
         (["--model", str(CONVERTED)], "expected at most max_position_embeddings=2048 tokens, got 4096"),
-        (["--model", str(NORM)], "has neither tokenizer.json nor vocab.json"),
+        (["--model", str(NORM)], "which has none of tokenizer.json, vocab.json"),
         (["--size", "base", "--tokens", "2"], "tokens: expected at least 3, got 2"),
         (["--size", "base", "--model", str(BASE)], "not allowed with argument"),
     ],

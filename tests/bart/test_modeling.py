@@ -1,5 +1,9 @@
 """LSG-BART behaves as a BART of transformers: inputs, outputs, heads, generation, dtypes."""
 
+import copy
+import pickle
+
+import accelerate
 import pytest
 import torch
 import transformers
@@ -18,6 +22,7 @@ from lsg_attn.bart import (
 )
 from lsg_attn.testing import TOLERANCES, relative_rms
 
+RECENT = Version(transformers.__version__) >= Version("4.53")
 each = pytest.mark.parametrize("folder", SEQ2SEQ, ids=[folder.name for folder in SEQ2SEQ])
 
 
@@ -62,15 +67,58 @@ def test_ways_to_say_the_same(folder):
 
 
 @torch.no_grad()
-def test_no_mask_and_masks_of_any_dtype():
+def test_no_mask_is_all_tokens():
     for keys in ({}, {"mask_first_token": True}, {"pass_global_tokens_to_decoder": False}):
         model, ids = tiny(**keys)
         expected = model(ids, attention_mask=torch.ones_like(ids), decoder_input_ids=ids[:, :7]).logits
         assert torch.equal(model(ids, decoder_input_ids=ids[:, :7]).logits, expected)
-        mask = torch.ones_like(ids)
-        mask[1, 50:] = 0
-        expected = model(ids, attention_mask=mask, decoder_input_ids=ids[:, :7]).logits
-        assert torch.equal(model(ids, attention_mask=mask.float(), decoder_input_ids=ids[:, :7]).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float16, torch.float64])
+@torch.no_grad()
+def test_masks_of_any_dtype(dtype):
+    model, ids = tiny()
+    mask = torch.ones_like(ids)
+    mask[1, 50:] = 0
+    encoded = model.get_encoder()(ids, mask)[0]
+    assert torch.equal(model.get_encoder()(ids, mask.to(dtype))[0], encoded)
+
+
+@torch.no_grad()
+def test_a_model_is_what_its_configuration_was():
+    """Changes to the configuration of a model do nothing to it, whichever key."""
+    model, ids = tiny(num_global_tokens=2)
+    expected = model(ids, decoder_input_ids=ids[:, :5]).logits
+    changes = {"num_global_tokens": 3, "mask_first_token": True, "pass_global_tokens_to_decoder": False}
+    for key, value in changes.items():
+        setattr(model.config, key, value)
+    assert torch.equal(model(ids, decoder_input_ids=ids[:, :5]).logits, expected)
+
+
+@torch.no_grad()
+def test_copies_and_other_vocabularies(tmp_path):
+    model, ids = tiny()
+    given = {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
+    expected = model(**given).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(**given).logits, expected)
+    model.resize_token_embeddings(120, mean_resizing=False) if RECENT else model.resize_token_embeddings(120)
+    model.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    larger = LSGBartForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert larger.model.encoder.embed_tokens.weight is larger.model.shared.weight
+    assert larger.lm_head.weight.shape == (120, 32)
+    torch.testing.assert_close(larger(**given).logits[..., :99], expected)
+
+
+@torch.no_grad()
+def test_offloaded_weights():
+    """They are nowhere until a module is called, so modules are called."""
+    model, ids = tiny()
+    expected = model(ids, decoder_input_ids=ids[:, :5]).logits
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert model.model.encoder.global_embeddings.weight.is_meta
+    assert torch.equal(model(ids, decoder_input_ids=ids[:, :5]).logits, expected)
 
 
 @torch.no_grad()
@@ -188,7 +236,7 @@ def test_generation(folder):
     assert torch.equal(early, results["greedy"])
 
 
-@pytest.mark.skipif(Version(transformers.__version__) < Version("4.53"), reason="BART had no static cache then")
+@pytest.mark.skipif(not RECENT, reason="BART had no static cache before transformers 4.53")
 @each
 def test_generation_with_a_static_cache(folder):
     inputs, results = recorded(folder)
