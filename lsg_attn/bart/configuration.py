@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from transformers import BartConfig
@@ -12,15 +12,7 @@ from ..functional import check_implementation
 from ..pattern import LSGPattern
 
 GLOBAL_ROWS = 512  # rows of encoder.global_embeddings in every checkpoint, however many are used
-_PATTERN_KEYS = (
-    "block_size",
-    "sparse_block_size",
-    "sparsity_factor",
-    "sparsity_type",
-    "num_global_tokens",
-    "lsh_num_pre_rounds",
-    "lsh_seed",
-)
+_PATTERN_KEYS = tuple(field.name for field in fields(LSGPattern))
 _FLAGS = ("adaptive", "mask_first_token", "pass_global_tokens_to_decoder", "pool_with_global")
 LSG_KEYS = (*_PATTERN_KEYS, *_FLAGS, "attention_implementation")
 
