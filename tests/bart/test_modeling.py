@@ -10,7 +10,7 @@ import transformers
 from checkpoints import GENERATE, NORM, SEQ2SEQ, TINY, recorded, seq2seq
 from packaging.version import Version
 from torch.nn.functional import pad
-from transformers import BartForCausalLM
+from transformers import BartConfig, BartForCausalLM, BartForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
 from lsg_attn.bart import (
@@ -64,6 +64,22 @@ def test_ways_to_say_the_same(folder):
     last = model.get_encoder()(inputs["input_ids"], mask, output_hidden_states=True, return_dict=False)
     assert torch.equal(last[0][:, 1:], last[1][-1][:, last[1][-1].shape[1] - last[0].shape[1] + 1 :])
     assert type(states) is BaseModelOutput
+
+
+@pytest.mark.parametrize("scale_embedding", [False, True])
+@torch.no_grad()
+def test_a_short_document_without_globals_is_read_as_by_bart(scale_embedding):
+    """T <= 2B: every token sees every other."""
+    model, ids = tiny(num_global_tokens=0, block_size=64, sparse_block_size=64, scale_embedding=scale_embedding)
+    plain = BartForConditionalGeneration(BartConfig(**model.config.to_dict())).eval()
+    states = model.state_dict()
+    states.pop("model.encoder.global_embeddings.weight")
+    plain.load_state_dict(states)
+    mask = torch.ones_like(ids)
+    mask[1, 70:] = 0
+    given = {"attention_mask": mask, "decoder_input_ids": ids[:, :5]}
+    for inputs in ({"input_ids": ids}, {"inputs_embeds": torch.randn(2, 101, 32)}):
+        assert relative_rms(model(**inputs, **given).logits, plain(**inputs, **given).logits) < 1e-5
 
 
 @torch.no_grad()
