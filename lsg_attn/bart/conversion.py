@@ -123,15 +123,10 @@ def convert(
     states = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
     prefix = "" if base is source else f"{source.base_model_prefix}."
     if keep_first_global_token or not is_lsg:
-        generator = torch.Generator().manual_seed(seed)
-        table = base.shared.weight.detach().float().cpu()
-        bos, mask = _special_ids(config, tokenizer, mask_needed=not random_global_init)
-        rows = _normal_samples(table, generator) if random_global_init else table[mask].repeat(GLOBAL_ROWS, 1)
-        rows[0] = table[bos]
-        positions = base.encoder.embed_positions.weight.detach().float().cpu()[_OFFSET:]
-        global_rows = (rows + spread_positions(positions, global_positional_stride, generator)).to(base.shared.weight)
         name = f"{prefix}encoder.global_embeddings.weight"
-        states[name] = torch.cat([states[name][:1], global_rows[1:]]) if is_lsg else global_rows
+        bos, mask = _special_ids(config, tokenizer, mask_needed=not random_global_init)
+        rows = _global_rows(base, bos, None if random_global_init else mask, global_positional_stride, seed)
+        states[name] = torch.cat([states[name][:1], rows[1:]]) if is_lsg else rows
     for part in ("encoder", "decoder"):
         name = f"{prefix}{part}.embed_positions.weight"
         states[name] = repeat_positions(states[name], max_length)
@@ -212,6 +207,16 @@ def spread_positions(positions: Tensor, stride: int, generator: torch.Generator)
         positions = torch.cat([positions, positions.mean(dim=0) + drawn * positions.std(dim=0)])
     passes: Tensor = positions[::factor][:GLOBAL_ROWS].unflatten(0, (-1, step)).transpose(0, 1)
     return passes.flatten(0, 1)
+
+
+def _global_rows(base: BartModel, bos: int, mask: int | None, stride: int, seed: int) -> Tensor:
+    """Global tokens' embeddings (512, d_model), of BOS and MASK, or drawn where ``mask`` is None, and of positions."""
+    generator = torch.Generator().manual_seed(seed)
+    table = base.shared.weight.detach().float().cpu()
+    rows = _normal_samples(table, generator) if mask is None else table[mask].repeat(GLOBAL_ROWS, 1)
+    rows[0] = table[bos]
+    positions = base.encoder.embed_positions.weight.detach().float().cpu()[_OFFSET:]
+    return (rows + spread_positions(positions, stride, generator)).to(base.shared.weight)
 
 
 def _normal_samples(table: Tensor, generator: torch.Generator) -> Tensor:
