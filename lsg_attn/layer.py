@@ -91,9 +91,9 @@ class LSGAttention(nn.Module):
             raise TypeError(f"hidden_states: expected a torch.Tensor, got {type_name(x)}")
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"hidden_states: expected shape (batch, G+T, {self.embed_dim}), got {tuple(x.shape)}")
-        weight = self.q_proj.weight
-        if type(self.q_proj) is not nn.Linear or weight.is_meta:
+        if type(self.q_proj) is not nn.Linear or self.q_proj.weight.is_meta:
             return  # an adapter or quantised projection knows what it takes; what is offloaded comes when it is called
+        weight = self.q_proj.weight
         if x.device != weight.device:
             raise ValueError(f"hidden_states: expected the parameters' device {weight.device}, got {x.device}")
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):

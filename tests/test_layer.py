@@ -95,3 +95,20 @@ def test_runs_under_autocast(implementation, sparsity_type):
     assert torch.equal(inside, lsg_attention(*qkv, pattern, implementation=implementation))
     if sparsity_type not in ("norm", "lsh"):  # whose choice can turn on the rounding of a key
         torch.testing.assert_close(out.float(), layer(x), rtol=0.1, atol=0.02)
+
+
+def test_a_projection_without_a_weight_of_its_own():
+    """As a wrapper has it that keeps the layer it wraps as a child."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, wrapped):
+            super().__init__()
+            self.wrapped = wrapped
+
+        def forward(self, x):
+            return self.wrapped(x)
+
+    layer, x = LSGAttention(16, 2), torch.randn(1, 20, 16)
+    expected = layer(x)
+    layer.q_proj = Wrapper(layer.q_proj)
+    assert torch.equal(layer(x), expected)
