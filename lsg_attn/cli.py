@@ -8,10 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import __version__
-from .demo import run_demo
+from .demo import progress_bar, run_demo
 from .draw import kinds_of_keys, print_pattern, save_pattern
 from .pattern import SPARSITY_TYPES, LSGPattern
 
@@ -80,8 +79,7 @@ def _convert(options: argparse.Namespace) -> None:
     arguments = {key: value for key, value in vars(options).items() if key != "run"}
     if options.tokenizer is not None:
         arguments["tokenizer"] = load_tokenizer(options.tokenizer)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=_console()) as progress:
+    with progress_bar(_console()) as progress:
         task = progress.add_task("", total=len(CHECKPOINT_STEPS), completed=-1)
         convert_checkpoint(**arguments, on_step=lambda step: progress.update(task, description=step, advance=1))
         progress.advance(task)

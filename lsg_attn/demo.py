@@ -44,7 +44,7 @@ def run_demo(console: Console, tokens: int = 4096, file: Path | None = None, tok
     """
     if tokens < 1:
         raise ValueError(f"tokens: expected at least 1, got {tokens}")
-    text = python_topics() if file is None else file.read_text(encoding="utf-8")
+    text = read_document(file)
     ids, vocabulary = tokenize(text, tokenizer)
     if not ids:
         raise ValueError(f"the document has no tokens: {file}")
@@ -59,8 +59,7 @@ def run_demo(console: Console, tokens: int = 4096, file: Path | None = None, tok
     hidden = embed(torch.tensor(ids), vocabulary)
     stack = EncoderStack().eval()
     rows: list[dict[str, Any]] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with torch.inference_mode(), Progress(*columns, console=console) as progress:
+    with torch.inference_mode(), progress_bar(console) as progress:
         task = progress.add_task("dense attention", total=1 + 2 * len(SPARSITY_TYPES))
         dense_seconds = best_seconds(lambda: stack(hidden, dense_attention))
         progress.advance(task)
@@ -95,8 +94,19 @@ def run_demo(console: Console, tokens: int = 4096, file: Path | None = None, tok
     )
 
 
-def python_topics() -> str:
-    """The language reference that comes with every Python, for its interactive help."""
+def progress_bar(console: Console) -> Progress:
+    """A bar with the name of the step before it and the time after it."""
+    return Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console)
+
+
+def read_document(file: Path | None) -> str:
+    """The text of a file in UTF-8; by default the language reference that Python has for its interactive help.
+
+    Raises:
+        OSError: the file can not be read.
+    """
+    if file is not None:
+        return file.read_text(encoding="utf-8")
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))

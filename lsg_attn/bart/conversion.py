@@ -97,13 +97,13 @@ def convert(
     if unknown := set(lsg_keys) - set(LSG_KEYS):
         raise TypeError(f"convert: expected keys out of {LSG_KEYS}, got {', '.join(sorted(unknown))}")
     if isinstance(model_or_path, BartPreTrainedModel):
-        source, target_class = model_or_path, _target_class(type(model_or_path))
+        source = model_or_path
     elif isinstance(model_or_path, (str, Path)):
-        source, target_class = _load(model_or_path)
+        source = _load(model_or_path)
         tokenizer = load_tokenizer(model_or_path) if tokenizer is None else tokenizer
     else:
         raise TypeError(f"model_or_path: expected a BART, a name or a directory, got {type_name(model_or_path)}")
-    is_lsg = isinstance(source, LSGBartPreTrainedModel)
+    target_class, is_lsg = _target_class(type(source)), isinstance(source, LSGBartPreTrainedModel)
     if is_lsg:  # neither this nor attn_implementation is in a configuration's dictionary
         lsg_keys.setdefault("attention_implementation", source.config.attention_implementation)
     config = LSGBartConfig.from_dict(
@@ -242,8 +242,8 @@ def _special_ids(config: LSGBartConfig, tokenizer: Any, mask_needed: bool) -> tu
     return bos, mask
 
 
-def _load(path: str | Path) -> tuple[BartPreTrainedModel, type[LSGBartPreTrainedModel]]:
-    """The model at a path, of the class that its configuration names, and the LSG class for it."""
+def _load(path: str | Path) -> BartPreTrainedModel:
+    """The model at a path, of the class that its configuration names."""
     config_dict, _ = PretrainedConfig.get_config_dict(path)
     is_lsg = is_published_lsg(config_dict) or config_dict.get("model_type") == LSGBartConfig.model_type
     if not is_lsg and config_dict.get("model_type") != "bart":
@@ -263,7 +263,7 @@ def _load(path: str | Path) -> tuple[BartPreTrainedModel, type[LSGBartPreTrained
     loaded = {states[name].data_ptr() for name in states if name not in missing}
     if drawn := sorted(name for name in missing if states[name].data_ptr() not in loaded):
         raise ValueError(f"model_or_path: expected all weights of a {model_class.__name__} at {path}, missing {drawn}")
-    return model, target_class
+    return model
 
 
 def load_tokenizer(path: str | Path) -> Any:

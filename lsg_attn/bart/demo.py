@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from ..demo import python_topics
+from ..demo import read_document
 from ..memory import peak_resident
 from .configuration import LSGBartConfig
 from .conversion import convert, load_tokenizer
@@ -47,7 +47,7 @@ def run_bart_demo(
         raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {size!r}")
     if tokens < 3:
         raise ValueError(f"tokens: expected at least 3, got {tokens}")
-    text = python_topics() if file is None else file.read_text(encoding="utf-8")
+    text = read_document(file)
     steps: list[tuple[str, float, int | None]] = []
     if size is not None:
         reader, tokenizer = _measured(steps, "build", lambda: (_random_model(size, tokens), None))
