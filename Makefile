@@ -36,8 +36,9 @@ format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Against its peers, on a GPU if there is one; BENCH="--quick" and the like for other runs.
 bench: $(VENV)/ready
-	$(BIN)/python -m bench.cpu
+	$(BIN)/python -m bench.run $(BENCH)
 
 $(VENV)/ready: Makefile setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

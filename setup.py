@@ -32,7 +32,7 @@ setup(
     extras_require={
         "bart": [TRANSFORMERS],
         "plot": ["matplotlib>=3.7"],
-        "bench": ["lsg-converter==0.1.9", TRANSFORMERS],
+        "bench": ["lsg-converter==0.1.9", "matplotlib>=3.7", "numpy>=1.24", TRANSFORMERS],
         "dev": [
             "accelerate>=0.33",
             "build>=1",

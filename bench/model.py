@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from bench.flops import BACKWARD_PRODUCTS, PRODUCTS, num_scores
 from bench.meta import meta_call, meta_passes
 from lsg_attn import SPARSITY_TYPES, LSGPattern
 from lsg_attn.launch import Launch
@@ -38,10 +39,6 @@ DATA_SHEETS = {
 }
 
 
-# Products that a score takes part in: with key and value; and key again, dout with value, and the sums dq, dk, dv.
-_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5
-
-
 @dataclass(frozen=True)
 class Model:
     """What one forward or backward has to do, and the floors under its time in microseconds."""
@@ -53,19 +50,6 @@ class Model:
     launches: tuple[str, ...]
     compute_us: float
     memory_us: float
-
-
-def num_scores(pattern: LSGPattern, num_tokens: int) -> int:
-    """Scores of one head: pairs of a query and a key, raw or compressed, that it sees where nothing is padding."""
-    first, slots = pattern.num_global_tokens, pattern.num_slots(num_tokens)
-    scores = first * (first + num_tokens)
-    for block in range(pattern.num_blocks(num_tokens)):
-        rows = min(pattern.block_size, num_tokens - block * pattern.block_size)
-        local, *sparse = pattern.local_window(block), *pattern.sparse_windows(block)
-        keys = min(local[1], num_tokens) - max(local[0], 0)
-        keys += sum(max(min(stop, slots) - max(start, 0), 0) for start, stop in sparse)
-        scores += rows * (first + keys)
-    return scores
 
 
 def _tensors(launches: Sequence[Launch]) -> list[torch.Tensor]:
@@ -90,7 +74,7 @@ def model(
     call = meta_call(pattern, shape, dtype, has_mask=False, has_dropout=False)
     forward, backward = meta_passes(call, target)
     launches, inputs, outputs = backward if is_backward else forward
-    products = _BACKWARD_PRODUCTS if is_backward else _PRODUCTS
+    products = BACKWARD_PRODUCTS if is_backward else PRODUCTS
     flops = 2 * products * head_dim * batch * heads * num_scores(pattern, call.num_tokens)
     # What launches only pass on to each other may stay in a cache; and so may what two of them read: a floor.
     is_kept = {id(x) for x in (*inputs, *outputs)}

@@ -1,8 +1,9 @@
-"""The command lsg-attn: `lsg-attn demo`, `lsg-attn convert` and `lsg-attn pattern`."""
+"""The command lsg-attn: `lsg-attn demo`, `convert`, `pattern` and `bench`."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_demo(commands.add_parser("demo", help="run a long document through an LSG encoder, each sparsity type"))
     _add_convert(commands.add_parser("convert", help="make an LSG-BART for long documents of a BART checkpoint"))
     _add_pattern(commands.add_parser("pattern", help="draw which keys each query sees"))
-    options = parser.parse_args(arguments)
+    bench = commands.add_parser("bench", help="measure against what else there is (in a checkout)", add_help=False)
+    bench.set_defaults(run=_bench)
+    options, rest = parser.parse_known_args(arguments)
+    if options.run is _bench:
+        options.arguments = rest  # bench.run reads them, --help too
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         options.run(options)
     except (OSError, ValueError, ModuleNotFoundError) as error:
@@ -126,6 +133,16 @@ def _pattern(options: argparse.Namespace) -> None:
     if find_spec("matplotlib") is None:
         raise ModuleNotFoundError("--out needs matplotlib: pip install 'lsg-attn[plot]', or leave --out away for text")
     save_pattern(options.out, patterns, kinds)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    checkout = Path(__file__).parent.parent
+    if not (checkout / "bench/run.py").exists():
+        raise ModuleNotFoundError("bench is not installed: it is part of the repository, and runs in a checkout")
+    sys.path.insert(0, str(checkout))
+    from bench.run import main as run
+
+    sys.exit(run(options.arguments))
 
 
 def _console() -> Console:

@@ -11,7 +11,7 @@ from triton import cdiv, next_power_of_2
 from .call import Call, Results, allocate, variant_of
 from .kernels.compress import _lsg_lsh_kernel, _lsg_norm_kernel, _lsg_pool_kernel
 from .kernels.forward import _lsg_fwd_combine_kernel, _lsg_fwd_kernel
-from .kernels.schedules import COMBINE, NORM, POOL, forward_schedule, lsh_tuning, target_of
+from .kernels.schedules import COMBINE, NORM, POOL, Schedule, forward_schedule, lsh_tuning, target_of
 from .launch import COMBINED, Launch, attention_arguments, block_d, key_arguments, run_on, scale_log2, split_globals
 
 # Tokens that are ranked, and groups that are pooled at a time.
@@ -25,17 +25,22 @@ def launch_forward(call: Call) -> Results:
     return results
 
 
-def plan_forward(call: Call, results: Results, target: str) -> list[Launch]:
-    """The launches, in order, that fill ``results`` on a GPU of architecture ``target``."""
-    launches = (*plan_compression(call, results, target), *_plan_attention(call, results, target))
+def plan_forward(call: Call, results: Results, target: str, schedule: Schedule | None = None) -> list[Launch]:
+    """The launches, in order, that fill ``results`` on a GPU of architecture ``target``.
+
+    ``schedule``: of the attention kernel, for a tool that tries others than the table's.
+    """
+    query, has_dropout = call.query, variant_of(call).has_dropout
+    if schedule is None:
+        schedule = forward_schedule(target, query.dtype, query.shape[3], call.pattern.block_size, has_dropout)
+    launches = (*plan_compression(call, results, target), *_plan_attention(call, results, schedule))
     return [launch for launch in launches if launch.programs]
 
 
-def _plan_attention(call: Call, results: Results, target: str) -> list[Launch]:
+def _plan_attention(call: Call, results: Results, schedule: Schedule) -> list[Launch]:
     query, pattern, variant = call.query, call.pattern, variant_of(call)
     batch, heads, length, head_dim = query.shape
     num_globals = pattern.num_global_tokens
-    schedule = forward_schedule(target, query.dtype, head_dim, pattern.block_size, variant.has_dropout)
     split = split_globals(call, schedule.block_m)
     part = query.new_empty(batch * heads, split.num_parts, num_globals, head_dim, dtype=torch.float32)
     shared = attention_arguments(call, results, variant)

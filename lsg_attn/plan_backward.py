@@ -42,15 +42,18 @@ def launch_backward(call: Call, saved: Saved, dout: Tensor) -> Gradients:
     return gradients
 
 
-def plan_backward(call: Call, results: Results, dout: Tensor, gradients: Gradients, target: str) -> list[Launch]:
+def plan_backward(
+    call: Call, results: Results, dout: Tensor, gradients: Gradients, target: str, schedule: Schedule | None = None
+) -> list[Launch]:
     """The launches, in order, that fill ``gradients`` on a GPU of architecture ``target``.
 
     ``call``: without directions, as ``lsh`` need not hash again. ``results``: only what is ``Saved`` of them need be
-    there; the rows of slots are made again.
+    there; the rows of slots are made again. ``schedule``: for a tool that tries others than the table's.
     """
     query, variant = call.query, variant_of(call)
     batch, heads, length, head_dim = query.shape
-    schedule = backward_schedule(target, query.dtype, head_dim, variant.has_dropout)
+    if schedule is None:
+        schedule = backward_schedule(target, query.dtype, head_dim, variant.has_dropout)
     delta, dslot = _scratch(call, batch, heads, length), _scratch(call, 2, batch, heads, call.num_slots, head_dim)
     attention = {
         **attention_arguments(call, results, variant),

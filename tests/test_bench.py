@@ -1,51 +1,179 @@
-"""The bench: its adapter to the original, its gate, its statistics. Speed itself is not tested."""
+"""The bench: its checks, statistics, arithmetic, files and plans. Speed itself is not tested."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench import cpu
-from bench.original import OriginalAttention
-from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
+from bench import cases, fresh, peers
+from bench.cases import BACKWARD, FORWARD, TRAIN, Case, Section
+from bench.flops import flops, matmul_bound, num_scores
+from bench.measure import measure
+from bench.record import Writer, read
+from bench.subject import DisagreementError, check, make_step, make_subject
+from bench.timing import Clock, interleave, ratio, spread
+from lsg_attn import SPARSITY_TYPES, LSGPattern
 from lsg_attn.memory import peak_growth
-from lsg_attn.testing import assert_close, make_inputs
+
+TINY = LSGPattern(16, 16, 2)
+ATTENTION = Case("attention", "tiny", 256, pattern=TINY)
+ENCODER = Case("encoder", "tiny", 1024, pattern=TINY)
 
 
-@pytest.mark.parametrize("sparsity_type", [t for t in SPARSITY_TYPES if t != "lsh"])
-def test_adapter_computes_the_same_attention(sparsity_type):
-    pattern = LSGPattern(8, 8, 2, sparsity_type)
-    inputs = make_inputs(2, 4, 1 + 64, 8)
-    expected = lsg_attention(*inputs[:3], pattern).transpose(1, 2).flatten(2)
-    assert_close("out", OriginalAttention(pattern, 4, 8)(*inputs[:3]), expected)
+def peer_of(level, name):
+    (peer,) = (peer for peer in peers.of_level(level) if peer.name == name)
+    return peer
 
 
-def test_gate_stops_a_wrong_implementation(monkeypatch):
-    cpu.gate(LSGPattern(8, 8, 2))
-    monkeypatch.setattr(cpu, "run_attention", lambda inputs, pattern: {"out": torch.zeros_like(inputs.query)})
-    with pytest.raises(AssertionError, match="out: relative RMS error"):
-        cpu.gate(LSGPattern(8, 8, 2))
+@pytest.mark.parametrize("name", ["lsg torch", "original"])
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+def test_lsg_peers_agree_with_the_reference(name, sparsity_type):
+    case = replace(ATTENTION, pattern=LSGPattern(16, 16, 2, sparsity_type), step=BACKWARD)
+    check(peer_of("attention", name), case)
 
 
-def test_repetitions_are_interleaved_and_the_first_is_not_counted():
+@pytest.mark.parametrize("sparsity_type", ["norm", "pooling"])  # a choice and a mean
+def test_flex_agrees_with_the_reference(sparsity_type):
+    check(peer_of("attention", "flex"), replace(ATTENTION, pattern=LSGPattern(128, 64, 4, sparsity_type, 3)))
+
+
+@pytest.mark.parametrize("name", ["dense", "longformer"])
+@pytest.mark.parametrize("dtype_name", ["float32", "bfloat16"])
+def test_other_attentions_are_what_they_say(name, dtype_name):
+    check(peer_of("attention", name), replace(ATTENTION, step=BACKWARD, dtype_name=dtype_name))
+
+
+@pytest.mark.parametrize("peer", [peer for peer in peers.ENCODERS if peer.name != "lsg triton"], ids=lambda x: x.name)
+@pytest.mark.parametrize("dtype_name", ["float32", "bfloat16"])
+def test_encoders_attentions_are_what_they_say(peer, dtype_name):
+    case = replace(ENCODER, dtype_name=dtype_name)
+    check(peer, case)
+    assert make_subject(peer, case).forward().dtype == case.dtype
+
+
+@pytest.mark.parametrize("name", ["bigbird", "bigbird_pegasus"])
+def test_check_finds_a_bigbird_that_became_full_attention(name, monkeypatch):
+    peer = peer_of("encoder", name)
+    build = type(peer).build
+
+    def full(self, case):
+        model = build(self, case)
+        model.set_attention_type("original_full")
+        return model
+
+    monkeypatch.setattr(type(peer), "build", full)
+    with pytest.raises(DisagreementError, match="relative RMS error"):
+        check(peer, ENCODER)
+
+
+def with_wrong_gradients(query, key, value):
+    """Dense attention whose keys' gradients are doubled."""
+    key = 2 * key - key.detach()
+    return torch.nn.functional.scaled_dot_product_attention(*(x[:, :, 1:] for x in (query, key, value)))
+
+
+def with_another_scale(query, key, value):
+    """Dense attention, nearly."""
+    return torch.nn.functional.scaled_dot_product_attention(*(x[:, :, 1:] for x in (1.01 * query, key, value)))
+
+
+@pytest.mark.parametrize(("wrong", "what"), [(with_wrong_gradients, "dkey"), (with_another_scale, "out")])
+def test_who_gives_something_else_has_no_figures(wrong, what, monkeypatch):
+    monkeypatch.setattr(type(peer_of("attention", "dense")), "prepare", lambda self, case: wrong)
+    case = replace(ATTENTION, step=BACKWARD)
+    result = measure(Section("s", (case,), seconds=0, least=1), case, ["dense", "lsg torch"], {})
+    assert {figure["peer"] for figure in result.figures} == {"lsg torch", "matmul"}
+    assert [record["peer"] for record in result.skipped] == ["dense"]
+    assert f"does not agree with the reference: dense, norm, float32, {what}" in result.skipped[0]["reason"]
+    assert len(result.failures) == 1
+
+
+def test_what_fails_is_skipped_and_of_ours_a_failure(monkeypatch):
+    def broken(self, case):
+        raise RuntimeError("no such kernel\nmore")
+
+    for name in ("dense", "lsg torch"):
+        monkeypatch.setattr(type(peer_of("attention", name)), "prepare", broken)
+    result = measure(Section("s", (ATTENTION,), seconds=0, least=1), ATTENTION, ["dense", "lsg torch", "original"], {})
+    assert {record["peer"]: record["reason"] for record in result.skipped} == {
+        "dense": "RuntimeError: no such kernel",
+        "lsg torch": "RuntimeError: no such kernel",
+    }
+    (failure,) = result.failures
+    assert failure["what"] == "lsg torch: RuntimeError: no such kernel"
+    assert "in broken" in failure["traceback"]
+    assert [figure["ratio"] for figure in result.figures] == [None, None]  # original, matmul
+
+
+def test_who_fails_while_it_is_timed_leaves_the_others(monkeypatch):
     calls = []
-    times = cpu.interleave({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
-    assert calls == ["a", "b"] * 3
-    assert [len(ts) for ts in times.values()] == [2, 2]
+
+    def tired(query, key, value):
+        calls.append(0)
+        if len(calls) > 3:
+            raise torch.OutOfMemoryError("full")
+        return torch.nn.functional.scaled_dot_product_attention(*(x[:, :, 1:] for x in (query, key, value)))
+
+    monkeypatch.setattr(type(peer_of("attention", "dense")), "prepare", lambda self, case: tired)
+    result = measure(Section("s", (ATTENTION,), seconds=0, least=3), ATTENTION, ["dense", "lsg torch"], {})
+    assert [record["reason"] for record in result.skipped] == ["OutOfMemoryError: full"]
+    assert [(x["peer"], x["repetitions"]) for x in result.figures] == [("lsg torch", 3), ("matmul", 3)]
 
 
-def test_ratio_is_the_median_of_ratios():
-    assert cpu.ratio({"x": [1.0, 6.0, 3.0], "y": [1.0, 2.0, 3.0]}, "x", "y") == 1.0
+@pytest.mark.parametrize("step", [FORWARD, BACKWARD, TRAIN])
+def test_steps_do_what_they_are_called(step):
+    case = replace(ENCODER, step=step)
+    subject = make_subject(peer_of("encoder", "lsg torch"), case)
+    before = [leaf.detach().clone() for leaf in subject.leaves]
+    run = make_step(subject, step)
+    run()
+    run()
+    has_gradients = [leaf.grad is not None for leaf in subject.leaves]
+    changed = [not torch.equal(leaf, old) for leaf, old in zip(subject.leaves, before, strict=True)]
+    assert any(has_gradients) == (step != FORWARD)
+    assert any(changed) == (step == TRAIN)
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_matmul_bound_has_the_attentions_flops(cached, monkeypatch):
-    monkeypatch.setattr(cpu, "TOKENS", 4 * 8)
-    pattern = LSGPattern(8, 8, 2)
-    from torch.utils.flop_counter import FlopCounterMode
+def test_only_a_train_step_drops_out():
+    for step, same in ((BACKWARD, True), (TRAIN, False)):
+        subject = make_subject(peer_of("encoder", "dense"), replace(ENCODER, step=step))
+        assert torch.equal(subject.forward(), subject.forward()) == same
 
+
+def test_repetitions_are_interleaved_and_short_steps_warmed():
+    calls = []
+
+    class Told(Clock):
+        def seconds(self, step):
+            step()
+            return {"a": 1.0, "b": 100.0}[calls[-1]]
+
+    times = interleave({x: lambda x=x: calls.append(x) for x in "ab"}, Told("cpu"), seconds=0.0, least=3)
+    assert calls == ["a", "a", "b", "b", *["a", "a", "b"] * 2]
+    assert times == {"a": [1.0] * 3, "b": [100.0] * 3}
+
+
+def test_spread_and_ratio():
+    assert spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (3.5, 2.0, 5.0)
+    assert ratio([1.0, 6.0, 3.0], [1.0, 2.0, 3.0]).median == 1.0
+
+
+@pytest.mark.parametrize("level", ["attention", "encoder"])
+@pytest.mark.parametrize("step", [FORWARD, BACKWARD])
+@pytest.mark.parametrize("pattern", [TINY, LSGPattern(16, sparsity_type="none"), LSGPattern(512)])
+def test_matmul_bound_multiplies_what_is_counted(level, step, pattern):
+    case = Case(level, "tiny", 1024, step, batch=2, pattern=pattern)
     with FlopCounterMode(display=False) as counter:
-        cpu.matmul_bound(pattern, cached)()
-    keys = 1 + 2 * 8 + 3 * 8
-    assert counter.get_total_flops() == 4 * cpu.HEADS * 32 * keys * cpu.HEAD_DIM
+        bound = matmul_bound(case)
+        bound.step()
+    assert bound.scale == 1
+    dense = pattern.is_dense(case.tokens)
+    window = 3 * pattern.block_size + 1 + (2 * pattern.sparse_block_size if pattern.has_sparse else 0)
+    scores = case.length**2 if dense else case.tokens * window
+    assert counter.get_total_flops() == flops(case, scores)
+    # the windows of the outer blocks reach past the ends, and the global queries are not in the bound
+    assert 0.95 < num_scores(pattern, case.tokens) / scores < 1.02
 
 
 def test_peak_growth_sees_memory_that_is_freed_again():
@@ -55,15 +183,55 @@ def test_peak_growth_sees_memory_that_is_freed_again():
     assert peak is None or 190e6 < peak < 260e6
 
 
-def test_every_measurement_runs(monkeypatch):
-    monkeypatch.setattr(cpu, "TOKENS", 512)
-    monkeypatch.setattr(cpu, "HEADS", 2)
-    rows = [cpu.attention_row(LSGPattern(), 1), *cpu.dtype_rows(1), *cpu.length_rows((512, 1024), 1)]
-    assert all(x > 0 for row in rows for x in row.values() if isinstance(x, float))
-    assert [row["tokens"] for row in rows[-2:]] == [512, 1024]
-    for who in ("ours", "original"):
-        for what in ("fwd", "f+b"):
-            peak = cpu.peak_scratch(who, what, "norm")
-            assert peak is None or peak > -0.5
-    assert cpu.as_table("title", rows[:1]).row_count == 1
-    assert cpu.machine()["torch"] == torch.__version__
+def threads_and_heap():
+    return torch.get_num_threads(), torch.ones(2).sum().item()
+
+
+def test_fresh_processes_have_our_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert fresh.call(threads_and_heap) == (1, 2.0)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_file_is_read_as_it_was_written_and_never_written_twice(tmp_path):
+    path = tmp_path / "deep/run.jsonl"
+    writer = Writer(path, {"quick": True}, "cpu")
+    figure = {
+        "section": "s",
+        "case": replace(ENCODER, pattern=LSGPattern(32, 8, 4, "lsh", 2)),
+        "peer": "led",
+        "ms": [1.5],
+    }
+    writer.write("figures", figure)
+    writer.write("skipped", {**figure, "reason": "none"})
+    writer.close()
+    run = read(path)
+    assert run.figures == [figure]
+    assert run.skipped == [{**figure, "reason": "none"}]
+    assert run.run["versions"]["torch"] == torch.__version__
+    assert run.run["arguments"] == {"quick": True}
+    with pytest.raises(FileExistsError):
+        Writer(path, {}, "cpu")
+    path.write_text("")
+    with pytest.raises(ValueError, match="expected the file of one run, got 0"):
+        read(path)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_plans_have_what_they_promise(device):
+    sections = cases.plan(device, quick=False)
+    every = [case for section in sections for case in section.cases]
+    assert {case.device for case in every} == {device}
+    assert {case.level for case in every} == {"attention", "encoder"}
+    assert {case.step for case in every} == {FORWARD, BACKWARD, TRAIN}
+    assert {case.pattern.sparsity_type for case in every} == set(SPARSITY_TYPES)
+    assert {"bfloat16", "float16", "float32"} <= {case.dtype_name for case in every}
+    assert {"layer", "base", "large"} <= {case.size_name for case in every}
+    assert max(case.tokens for case in every) == (131072 if device == "cuda" else 16384)
+    assert any(case.step == TRAIN and case.batch == 4 and case.tokens == 4096 for case in every)
+    assert len({section.title for section in sections}) == len(sections)
+    quick = {case for section in cases.plan(device, quick=True) for case in section.cases}
+    assert len(quick) < len(every) / 3

@@ -1,0 +1,214 @@
+"""What is measured: a case is a step of one shape on one device, a section the cases of a table, a plan a run's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from lsg_attn import SPARSITY_TYPES, LSGPattern
+
+FORWARD, BACKWARD, TRAIN = "forward", "forward+backward", "train"
+OURS = ("lsg triton", "lsg torch")
+PATTERNS = (*OURS, "original")  # whose code a type or a pattern changes
+PATTERN = LSGPattern()
+
+
+@dataclass(frozen=True)
+class Size:
+    """An encoder's size."""
+
+    width: int
+    layers: int
+    heads: int
+    feed_forward: int
+
+    @property
+    def head_dim(self) -> int:
+        """Of one head."""
+        return self.width // self.heads
+
+
+SIZES = {
+    "layer": Size(768, 1, 12, 3072),
+    "base": Size(768, 6, 12, 3072),  # BART (arXiv 1910.13461)
+    "large": Size(1024, 12, 16, 4096),
+    "roberta": Size(768, 12, 12, 3072),  # of the train step in lsg-converter's README
+    "tiny": Size(
+        1024, 1, 16, 64
+    ),  # heads like those of the others: a check compiles the kernels that are measured then
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape.
+
+    ``level``: ``"attention"``, on queries, keys and values of ``size``'s heads, or ``"encoder"``, on ``batch``
+    documents of ``tokens`` tokens; ``step``: ``"forward"`` without gradients, ``"forward+backward"`` without dropout or
+    ``"train"``, with dropout, a loss and an optimizer.
+    """
+
+    level: str
+    size_name: str
+    tokens: int
+    step: str = FORWARD
+    batch: int = 1
+    pattern: LSGPattern = PATTERN
+    dtype_name: str = "float32"
+    device: str = "cpu"
+
+    @property
+    def size(self) -> Size:
+        """The encoder's size, or that whose heads the attention has."""
+        return SIZES[self.size_name]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of inputs and weights."""
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
+
+    @property
+    def length(self) -> int:
+        """G+T, positions that LSG attention works on."""
+        return self.pattern.num_global_tokens + self.tokens
+
+    def describe(self) -> dict[str, Any]:
+        """As a record has it."""
+        return asdict(self)
+
+    @staticmethod
+    def from_record(record: dict[str, Any]) -> Case:
+        """What :meth:`describe` described."""
+        return Case(**{**record, "pattern": LSGPattern(**record["pattern"])})
+
+
+@dataclass(frozen=True)
+class Section:
+    """Cases of one table.
+
+    ``compares``: ``"peers"``, or what its cases, or it and others, differ in; ``peers``: whose figures it has, or all
+    of the level; ``seconds``: how long to repeat each case, at least ``least`` times; ``memory``: the lengths whose
+    peak is measured too; ``keeps_memory``: on a CPU, with an allocator that keeps what is freed.
+    """
+
+    title: str
+    cases: tuple[Case, ...]
+    compares: str = "peers"
+    peers: tuple[str, ...] = ()
+    seconds: float = 10.0
+    least: int = 3
+    memory: tuple[int, ...] = ()
+    keeps_memory: bool = False
+
+
+@dataclass(frozen=True)
+class _Device:
+    """What differs between plans. ``lengths`` and ``backward_lengths``: those of everything that has several."""
+
+    dtype_name: str
+    other_dtypes: tuple[str, ...]
+    lengths: tuple[int, ...]
+    backward_lengths: tuple[int, ...]
+    train_size: str
+    seconds: float
+
+
+_DEVICES = {
+    "cpu": _Device(
+        "float32",
+        ("bfloat16", "float16", "float64"),
+        (1024, 2048, 4096, 8192, 16384),
+        (1024, 2048, 4096, 8192),
+        "layer",  # more would take minutes a step
+        8.0,
+    ),
+    "cuda": _Device(
+        "bfloat16",
+        ("float16", "float32"),
+        (1024, 4096, 16384, 65536, 131072),
+        (1024, 4096, 16384, 65536, 131072),
+        "roberta",
+        1.0,
+    ),
+}
+# besides the default pattern, those of the train step in lsg-converter's README
+_TRAIN_PATTERNS = (
+    LSGPattern(block_size=256, sparse_block_size=0, sparsity_type="none"),
+    LSGPattern(block_size=32, sparse_block_size=32),
+)
+
+
+def plan(device: str, quick: bool) -> list[Section]:
+    """The sections of a run on ``"cpu"`` or ``"cuda"``, the most telling first."""
+    what = _DEVICES[device]
+    attention = Case("attention", "large", 4096, dtype_name=what.dtype_name, device=device)
+    encoder = replace(attention, level="encoder", size_name="base")
+    train = replace(encoder, step=TRAIN, batch=4, size_name=what.train_size)
+    backward = replace(attention, step=BACKWARD)
+    names = (f"attention, {FORWARD}", f"attention, {BACKWARD}", f"encoder of BART-base's size, {FORWARD}", "train step")
+    if quick:
+        few: dict[str, Any] = {"seconds": 1.0, "least": 2}
+        one = replace(train, batch=1, tokens=1024, size_name="layer")
+        return [
+            Section(names[0], _over(attention, (1024, 4096)), memory=(4096,), **few),
+            Section(names[1], (backward,), memory=(4096,), **few),
+            Section(names[2], _over(encoder, (2048,)), memory=(2048,), **few),
+            Section(names[3], (one,), memory=(1024,), **few),
+        ]
+    every = what.lengths
+    times: dict[str, Any] = {"seconds": what.seconds}
+    middle, ends = (attention.tokens,), (every[0], attention.tokens, every[-1])
+    layer, large = replace(encoder, size_name="layer"), replace(encoder, size_name="large")
+    types = [LSGPattern(sparsity_type=name) for name in SPARSITY_TYPES]
+    sections = [
+        Section(names[0], _over(attention, every), memory=ends, seconds=2 * what.seconds),
+        Section(names[1], _over(backward, what.backward_lengths), memory=ends, seconds=2 * what.seconds),
+        Section(names[2], _over(encoder, every), memory=ends, **times),
+        Section(names[3], (train,), memory=middle, least=2, **times),
+        Section(f"one encoder layer, {FORWARD}", (layer,), memory=middle, **times),
+        Section(f"one encoder layer, {BACKWARD}", (replace(layer, step=BACKWARD),), memory=middle, **times),
+        Section(f"encoder of BART-large's size, {FORWARD}", (large,), memory=middle, **times),
+        Section(f"sparsity types, {FORWARD}", _with(attention, types), "types", PATTERNS, **times),
+        Section(f"sparsity types, {BACKWARD}", _with(backward, types), "types", PATTERNS, **times),
+    ]
+    if device == "cpu":
+        kept = {FORWARD: attention, BACKWARD: backward}
+        sections += [
+            Section(f"attention, freed memory kept, {step}", (case,), "allocators", keeps_memory=True, **times)
+            for step, case in kept.items()
+        ]
+    dtypes = tuple(replace(attention, dtype_name=name) for name in what.other_dtypes)
+    return [
+        *sections,
+        Section(f"dtypes, {FORWARD}", dtypes, "dtypes", **times),
+        Section("train step, other patterns", _with(train, _TRAIN_PATTERNS), "patterns", PATTERNS, least=2, **times),
+    ]
+
+
+def _over(case: Case, lengths: Sequence[int]) -> tuple[Case, ...]:
+    return tuple(replace(case, tokens=tokens) for tokens in lengths)
+
+
+def _with(case: Case, patterns: Sequence[LSGPattern]) -> tuple[Case, ...]:
+    return tuple(replace(case, pattern=pattern) for pattern in patterns)
+
+
+def shrink(sections: list[Section]) -> list[Section]:
+    """The same sections on the CPU with tiny shapes, each different case once: a plan can be tried without its GPU."""
+    few: dict[str, Any] = {"seconds": 0.0, "least": 1, "memory": ()}
+    return [
+        replace(section, cases=tuple(dict.fromkeys(_tiny(case) for case in section.cases)), **few)
+        for section in sections
+    ]
+
+
+def _tiny(case: Case) -> Case:
+    pattern = case.pattern
+    sparse = min(pattern.sparse_block_size, 16)
+    small = replace(pattern, block_size=16, sparse_block_size=sparse)
+    tokens = 1024  # more than BigBird's blocks need, and a multiple of Longformer's window
+    return replace(case, size_name="tiny", tokens=tokens, batch=min(case.batch, 2), pattern=small, device="cpu")

@@ -1,0 +1,60 @@
+"""Calls in a process of their own: no heap of an earlier case, whose holes would slow down whoever allocates most."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
+from multiprocessing.context import BaseContext
+from typing import Any, TypeVar
+
+import torch
+
+_Result = TypeVar("_Result")
+# What a child needs and has not run yet; where transformers is not installed its modules are passed over.
+_MODELS = ("bart", "bigbird_pegasus", "big_bird", "led", "longformer")
+_PRELOADED = ["bench.measure", "lsg_attn.bart", *(f"transformers.models.{x}.modeling_{x}" for x in _MODELS)]
+
+
+def call(function: Callable[..., _Result], *arguments: Any) -> _Result:
+    """The result of a function of a module, called with arguments that can be pickled, with as many threads as here.
+
+    Raises:
+        concurrent.futures.process.BrokenProcessPool: the process was killed, as where memory runs out.
+    """
+    with ProcessPoolExecutor(1, mp_context=_context()) as pool:
+        return pool.submit(_call, torch.get_num_threads(), function, arguments).result()
+
+
+def _call(threads: int, function: Callable[..., _Result], arguments: tuple[Any, ...]) -> _Result:
+    torch.set_num_threads(threads)
+    return function(*arguments)
+
+
+@lru_cache(maxsize=1)
+def _context() -> BaseContext:
+    """Children of a process that has imported what they need, and computed nothing."""
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    result: BaseContext = context
+    return result
+
+
+def keep_freed_memory() -> None:
+    """Have this process's allocator keep what is freed, as jemalloc and others do, rather than fetch it afresh.
+
+    Raises:
+        OSError: the C library is not glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        raise OSError("only glibc can be told to keep freed memory")
+    mallopt = ctypes.CDLL("libc.so.6").mallopt
+    if not all(mallopt(name, value) for name, value in _KEEP):
+        raise OSError("mallopt: glibc does not take these values")
+
+
+# M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of <malloc.h>: nothing is mapped apart, and the heap does not shrink
+_KEEP = ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20))

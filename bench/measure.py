@@ -1,0 +1,167 @@
+"""The figures of one case: each peer is checked, run once, and timed in turn with the others."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+
+from bench import peers
+from bench.cases import OURS, Case, Section
+from bench.flops import flops, matmul_bound, num_scores
+from bench.fresh import keep_freed_memory
+from bench.peak import cuda_peak_bytes
+from bench.peers.base import Peer
+from bench.subject import DisagreementError, Subject, check, make_step, make_subject
+from bench.timing import Clock, Step, StepError, interleave, ratio, spread
+
+BOUND = "matmul"
+Verdicts = dict[tuple[Any, ...], str | None]
+
+
+@dataclass
+class Result:
+    """Of one case: figures, who was skipped and why, and what should not have happened."""
+
+    figures: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[dict[str, Any]] = field(default_factory=list)  # each what failed, and the error's traceback
+    verdicts: Verdicts = field(default_factory=dict)  # of the checks
+
+
+def measure(section: Section, case: Case, names: Sequence[str], verdicts: Verdicts) -> Result:
+    """Time the peers of these names, but those whose check fails; ``verdicts``: of checks that were made before."""
+    if section.keeps_memory:
+        keep_freed_memory()
+    _quiet_transformers()
+    result, clock, entries = Result(verdicts=dict(verdicts)), Clock(case.device), {}
+    for peer in asked(section, case, names):
+        entry = peer.obstacle(case) or _disagreement(peer, case, result) or _prepare(peer, case, clock, result)
+        if isinstance(entry, str):
+            result.skipped.append(named(section, case, peer.name) | {"reason": entry})
+        else:
+            entries[peer.name] = entry
+    if not entries:
+        return result
+    times = _interleave(section, case, entries, clock, result)
+    scores = {name: entry.scores for name, entry in entries.items()} | {BOUND: num_scores(case.pattern, case.tokens)}
+    for name in times:
+        figure = named(section, case, name) | _of_times(case, times, name, scores[name])
+        if name != BOUND:
+            entry = entries[name]
+            figure |= {"setup_ms": 1e3 * entry.subject.setup_seconds, "first_ms": 1e3 * entry.first_seconds}
+            if case.device == "cuda" and case.tokens in section.memory:
+                figure["peak_bytes"] = cuda_peak_bytes(entry.subject, entry.step)
+        result.figures.append(figure)
+    return result
+
+
+def asked(section: Section, case: Case, names: Sequence[str]) -> list[Peer]:
+    """The peers of these names that a section has figures of."""
+    level = peers.of_level(case.level)
+    return [peer for peer in level if peer.name in names and (not section.peers or peer.name in section.peers)]
+
+
+def named(section: Section, case: Case, name: str) -> dict[str, Any]:
+    """What every record begins with."""
+    return {"section": section.title, "compares": section.compares, "case": case, "peer": name}
+
+
+class _Entry(NamedTuple):
+    """A peer that is ready to be timed."""
+
+    subject: Subject
+    step: Step
+    scores: int
+    first_seconds: float
+
+
+def _prepare(peer: Peer, case: Case, clock: Clock, result: Result) -> _Entry | str:
+    """A peer that has run the case once, or why it can not."""
+    try:
+        subject = make_subject(peer, case)
+        step = make_step(subject, case.step)
+        return _Entry(subject, step, peer.scores(case), clock.seconds(step))
+    except Exception as error:
+        reason = _failure(peer.name, error, result)
+    _free()
+    return reason
+
+
+def _disagreement(peer: Peer, case: Case, result: Result) -> str | None:
+    """Why a peer is not measured: what it gives is not what it must. Each pattern, dtype and step is tried once."""
+    pattern = case.pattern if peer.is_lsg else None
+    key = (peer.name, case.level, case.step, case.dtype_name, case.device, pattern)
+    if key not in result.verdicts:
+        result.verdicts[key] = None
+        try:
+            check(peer, case)
+        except DisagreementError as error:
+            result.verdicts[key] = f"it does not agree with the reference: {error}"
+            result.failures.append({"what": str(error), "traceback": traceback.format_exc()})
+        except Exception as error:
+            result.verdicts[key] = _failure(peer.name, error, result)
+        _free()
+    return result.verdicts[key]
+
+
+def _interleave(
+    section: Section, case: Case, entries: dict[str, _Entry], clock: Clock, result: Result
+) -> dict[str, list[float]]:
+    """Seconds of the entries and the bound; who fails now is left out after all."""
+    bound = matmul_bound(case)
+    steps = {name: entry.step for name, entry in entries.items()} | {BOUND: bound.step}
+    while True:
+        try:
+            times = interleave(steps, clock, section.seconds, section.least)
+            break
+        except StepError as error:
+            name, cause = error.name, error.__cause__ or error
+            reason = _failure(name, cause, result)
+        result.skipped.append(named(section, case, name) | {"reason": reason})
+        del steps[name]
+        entries.pop(name, None)
+        _free()
+    return times | {BOUND: [bound.scale * seconds for seconds in times[BOUND]]}
+
+
+def _failure(name: str, error: BaseException, result: Result) -> str:
+    """The reason that an error is not to measure a peer, and a failure of the run if the peer is ours."""
+    reason = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
+    if name in OURS and not isinstance(error, torch.OutOfMemoryError):
+        text = "".join(traceback.format_exception(error))
+        result.failures.append({"what": f"{name}: {reason}", "traceback": text})
+    return reason
+
+
+def _free() -> None:
+    """Let go of what an error or a check held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _of_times(case: Case, times: dict[str, list[float]], name: str, scores: int) -> dict[str, Any]:
+    """What comes of seconds: ``ratio`` is this time over that of ours, ``over_matmul`` over the bound's."""
+    seconds = spread(times[name])
+    ours = next((ours for ours in OURS if ours in times), None)
+    return {
+        "repetitions": len(times[name]),
+        "ms": [1e3 * x for x in seconds],
+        "ratio": None if ours is None else list(ratio(times[name], times[ours])),
+        "over_matmul": list(ratio(times[name], times[BOUND])),
+        "us_per_token": 1e6 * seconds.median / (case.batch * case.tokens),
+        "tflops": flops(case, scores) / seconds.median / 1e12,
+    }
+
+
+def _quiet_transformers() -> None:
+    if find_spec("transformers"):
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()

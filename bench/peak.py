@@ -1,0 +1,47 @@
+"""A step's peak memory beyond weights and inputs: CUDA's statistics, or on a CPU a fresh process's high-water mark.
+
+Its results and gradients are included. What is there after a first step, such as an optimizer's state, is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from bench import fresh, peers
+from bench.cases import FORWARD, Case
+from bench.subject import Subject, make_step, make_subject
+from lsg_attn.memory import peak_growth
+
+_WARM_TOKENS = 1024
+
+
+def peak_bytes(name: str, case: Case) -> int | None:
+    """On a CPU, the peak of a peer's step in a process of its own; None where the system does not say."""
+    return fresh.call(_peak, name, case)
+
+
+def _peak(name: str, case: Case) -> int | None:
+    (peer,) = (peer for peer in peers.of_level(case.level) if peer.name == name)
+    if case.level == "encoder" and case.step == FORWARD:  # what libraries allocate once, they do on a short document
+        short = replace(case, tokens=min(case.tokens, _WARM_TOKENS))
+        make_step(make_subject(peer, short), case.step)()
+    subject = make_subject(peer, case)
+    step = make_step(subject, case.step)
+    if case.level == "attention" or case.step != FORWARD:
+        step()
+    subject.clear_gradients()
+    return peak_growth(step)
+
+
+def cuda_peak_bytes(subject: Subject, step: Callable[[], object]) -> int:
+    """On a GPU, by how much what is allocated grows at the peak of a step that has been run before."""
+    subject.clear_gradients()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before: int = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return int(torch.cuda.max_memory_allocated()) - before

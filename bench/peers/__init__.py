@@ -1,0 +1,35 @@
+"""All that is measured, each behind one small adapter: `ATTENTION` takes queries, keys and values, `ENCODERS` ids."""
+
+from bench.peers.base import AttentionPeer, EncoderPeer
+from bench.peers.bigbird import BigBirdEncoder, BigBirdPegasusEncoder
+from bench.peers.dense import BartEncoder, DenseAttention
+from bench.peers.flex import FlexAttention
+from bench.peers.longformer import LEDEncoder, LongformerAttention, LongformerEncoder
+from bench.peers.lsg import LSGEncoder, LSGImplementation
+from bench.peers.original import OriginalAttention, OriginalEncoder
+
+ATTENTION: tuple[AttentionPeer, ...] = (
+    LSGImplementation("triton"),
+    LSGImplementation("torch"),
+    LSGImplementation("reference"),
+    OriginalAttention(),
+    FlexAttention(),
+    DenseAttention(),
+    LongformerAttention(),
+)
+ENCODERS: tuple[EncoderPeer, ...] = (
+    LSGEncoder("triton"),
+    LSGEncoder("torch"),
+    OriginalEncoder(),
+    BartEncoder(),
+    LongformerEncoder(),
+    LEDEncoder(),
+    BigBirdEncoder(),
+    BigBirdPegasusEncoder(),
+)
+NAMES = tuple(dict.fromkeys(peer.name for peer in (*ATTENTION, *ENCODERS)))
+
+
+def of_level(level: str) -> tuple[AttentionPeer, ...] | tuple[EncoderPeer, ...]:
+    """The peers of a case's level."""
+    return ATTENTION if level == "attention" else ENCODERS

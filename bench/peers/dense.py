@@ -1,0 +1,64 @@
+"""Dense attention: PyTorch's `scaled_dot_product_attention`, and transformers' BART encoder, which calls it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.cases import Case
+from bench.peers.base import VOCABULARY, Attend, AttentionPeer, EncoderPeer, Parts, Peer, masked_attention
+
+
+class _Dense(Peer):
+    name = "dense"
+
+    def scores(self, case: Case) -> int:
+        """All pairs."""
+        return case.tokens**2
+
+    def expected(self, case: Case, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """A softmax over all keys of the tokens after the globals."""
+        query, key, value = (x[:, :, -case.tokens :] for x in (query, key, value))
+        return masked_attention(query, key, value, query.new_ones(query.shape[2], key.shape[2]))
+
+
+class DenseAttention(_Dense, AttentionPeer):
+    """Of the tokens after the globals, without a mask: flash attention where PyTorch has one."""
+
+    def prepare(self, case: Case) -> Attend:
+        """PyTorch's function."""
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            query, key, value = (x[:, :, -case.tokens :] for x in (query, key, value))
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+        return attend
+
+
+class BartEncoder(_Dense, EncoderPeer):
+    """BART's, with ``attn_implementation="sdpa"``."""
+
+    def build(self, case: Case) -> nn.Module:
+        """BART's encoder, with as many positions as there are tokens."""
+        from transformers import BartConfig
+        from transformers.models.bart.modeling_bart import BartEncoder as Encoder
+
+        size = case.size
+        config = BartConfig(
+            vocab_size=VOCABULARY,
+            d_model=size.width,
+            encoder_layers=size.layers,
+            encoder_attention_heads=size.heads,
+            encoder_ffn_dim=size.feed_forward,
+            max_position_embeddings=case.tokens,
+            attn_implementation="sdpa",
+        )
+        model: nn.Module = Encoder(config)
+        return model
+
+    def parts(self, model: Any) -> Parts:
+        """Of its first layer."""
+        attention = model.layers[0].self_attn
+        return Parts(attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)

@@ -1,0 +1,85 @@
+"""PyTorch's FlexAttention, compiled, with the LSG pattern as its mask over [tokens, compressed, globals].
+
+Tokens come first, so that the pattern's blocks are flex's own blocks of 128 and few are half full: its best case. The
+compressed keys are made by this library's PyTorch code, compiled with it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.cases import FORWARD, Case
+from bench.peers.base import Attend, AttentionPeer
+from bench.peers.lsg import LSGPeer
+from lsg_attn.compression import Compression, Tokens, compress
+
+
+class FlexAttention(LSGPeer, AttentionPeer):
+    """``flex_attention`` and what goes in, under ``torch.compile``."""
+
+    name = "flex"
+
+    def obstacle(self, case: Case) -> str | None:
+        """What its mask does not say, and what PyTorch does not have."""
+        if case.pattern.is_dense(case.tokens) or case.tokens % case.pattern.block_size:
+            return f"the mask is written for whole blocks of {case.pattern.block_size}, and more than two"
+        if case.pattern.compression == "lsh":
+            return "lsh leaves clusters empty, which its mask would have to know from the data"
+        if case.device == "cpu" and case.step != FORWARD:
+            return "FlexAttention has no backward on a CPU"
+        return None
+
+    def prepare(self, case: Case) -> Attend:
+        """Make the block mask, and what compiles at its first call."""
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        pattern, tokens = case.pattern, case.tokens
+        slots, num_globals = pattern.num_slots(tokens), pattern.num_global_tokens
+
+        def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            block: Any = query // pattern.block_size  # windows are arithmetic, of tensors as of numbers
+            slot = key - tokens
+            local = _within(key, pattern.local_window(block)) | (query >= tokens)
+            sparse = (query < tokens) & _any_within(slot, pattern.sparse_windows(block))
+            return torch.where(key < tokens, local, torch.where(slot < slots, sparse, slot >= slots))
+
+        torch._dynamo.reset()  # or it would stop compiling after a few shapes
+        masks: Any = torch.compile(create_block_mask) if case.device == "cuda" else create_block_mask
+        mask = masks(sees, None, None, tokens + num_globals, tokens + slots + num_globals, device=case.device)
+        keep = torch.ones(case.batch, tokens, dtype=torch.bool, device=case.device)
+        scale = case.size.head_dim**-0.5
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            first, rest = slice(num_globals), slice(num_globals, None)
+            compression = compress(pattern, Tokens(query[:, :, rest], key[:, :, rest], keep, scale))
+            key, value = (
+                torch.cat([x[:, :, rest], *_slots(compression, x[:, :, rest]), x[:, :, first]], dim=2)
+                for x in (key, value)
+            )
+            query = torch.cat([query[:, :, rest], query[:, :, first]], dim=2)
+            out = flex_attention(query, key, value, block_mask=mask)
+            return torch.cat([out[:, :, tokens:], out[:, :, :tokens]], dim=2)
+
+        compiled: Attend = torch.compile(attend, dynamic=False)
+        return compiled
+
+
+def _slots(compression: Compression | None, x: Tensor) -> list[Tensor]:
+    """The compressed rows, if any; whole blocks without padding leave no slot of a choice empty."""
+    if compression is None:
+        return []
+    if compression.token is None:
+        return [compression.apply(x)]
+    return [x.gather(2, compression.token.unsqueeze(-1).expand(-1, -1, -1, x.shape[-1]))]
+
+
+def _within(x: Tensor, window: tuple[Any, Any]) -> Tensor:
+    inside: Tensor = (x >= window[0]) & (x < window[1])
+    return inside
+
+
+def _any_within(x: Tensor, windows: tuple[tuple[Any, Any], tuple[Any, Any]]) -> Tensor:
+    return _within(x, windows[0]) | _within(x, windows[1])

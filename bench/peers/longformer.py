@@ -1,0 +1,144 @@
+"""transformers' Longformer and LED: a sliding window (arXiv 2004.05150), here without global tokens, which cost."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.cases import Case
+from bench.peers.base import (
+    VOCABULARY,
+    Attend,
+    AttentionPeer,
+    EncoderPeer,
+    Parts,
+    Peer,
+    masked_attention,
+    missing_transformers,
+)
+
+WINDOW = 512  # keys besides a token's own: of allenai/longformer-base-4096; LED's checkpoints have 1024
+
+
+class _SlidingWindow(Peer):
+    def scores(self, case: Case) -> int:
+        """Those of the band, as it is multiplied: corners outside of it aside."""
+        return case.tokens * (WINDOW + 1)
+
+    def expected(self, case: Case, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """A softmax over half a window on each side of each token; of the tokens after the globals."""
+        query, key, value = (x[:, :, -case.tokens :] for x in (query, key, value))
+        position = torch.arange(case.tokens)
+        near = (position[:, None] - position).abs() <= WINDOW // 2
+        return masked_attention(query, key, value, near)
+
+
+class LongformerAttention(_SlidingWindow, AttentionPeer):
+    """Longformer's self-attention on the tokens after the globals, given its projections' results."""
+
+    name = "longformer"
+
+    def obstacle(self, case: Case) -> str | None:
+        """It needs transformers, and whole windows."""
+        if case.tokens % WINDOW:
+            return f"{case.tokens} tokens are not whole windows of {WINDOW}"
+        return missing_transformers()
+
+    def prepare(self, case: Case) -> Attend:
+        """Its module, with projections that give what they are given."""
+        from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
+
+        size = case.size
+        config = SimpleNamespace(
+            hidden_size=size.width,
+            num_attention_heads=size.heads,
+            attention_window=[WINDOW],
+            attention_probs_dropout_prob=0.0,
+        )
+        layer = LongformerSelfAttention(config, 0).eval()
+        mask = torch.zeros(case.batch, case.tokens, dtype=case.dtype, device=case.device)
+        nothing = torch.zeros_like(mask, dtype=torch.bool)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            # (batch, heads, G+T, head_dim) -> (batch, T, width)
+            query, key, value = (x[:, :, -case.tokens :].transpose(1, 2).flatten(2) for x in (query, key, value))
+            # its inputs and projections' results are (T, batch, width), and the query is scaled in place
+            layer.query, layer.key, layer.value = (_Given(x.transpose(0, 1)) for x in (query.clone(), key, value))
+            context = layer(query, mask, is_index_masked=nothing, is_index_global_attn=nothing, is_global_attn=False)[0]
+            out: Tensor = context.unflatten(-1, (size.heads, -1)).transpose(1, 2)
+            return out
+
+        return attend
+
+
+class _Given(nn.Module):
+    """A projection whose result is known."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self._x = x
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self._x
+
+
+class LongformerEncoder(_SlidingWindow, EncoderPeer):
+    """``LongformerModel`` without its pooler."""
+
+    name = "longformer"
+
+    def build(self, case: Case) -> nn.Module:
+        """Of RoBERTa's kind: its positions begin at 2."""
+        from transformers import LongformerConfig, LongformerModel
+
+        size = case.size
+        config = LongformerConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=size.width,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            intermediate_size=size.feed_forward,
+            max_position_embeddings=case.tokens + 2,
+            attention_probs_dropout_prob=0.0,
+            attention_window=WINDOW,
+        )
+        model: nn.Module = LongformerModel(config, add_pooling_layer=False)
+        return model
+
+    def parts(self, model: Any) -> Parts:
+        """Of its first layer; the projections for global tokens are not used."""
+        attention = model.encoder.layer[0].attention
+        return Parts(attention.self.query, attention.self.key, attention.self.value, attention.output.dense)
+
+
+class LEDEncoder(_SlidingWindow, EncoderPeer):
+    """The encoder of BART's kind with Longformer's attention."""
+
+    name = "led"
+
+    def build(self, case: Case) -> nn.Module:
+        """LED's encoder."""
+        from transformers import LEDConfig
+        from transformers.models.led.modeling_led import LEDEncoder as Encoder
+
+        size = case.size
+        config = LEDConfig(
+            vocab_size=VOCABULARY,
+            d_model=size.width,
+            encoder_layers=size.layers,
+            encoder_attention_heads=size.heads,
+            encoder_ffn_dim=size.feed_forward,
+            max_encoder_position_embeddings=case.tokens,
+            attention_window=WINDOW,
+        )
+        model: nn.Module = Encoder(config)
+        return model
+
+    def parts(self, model: Any) -> Parts:
+        """Of its first layer."""
+        attention = model.layers[0].self_attn
+        inner = attention.longformer_self_attn
+        return Parts(inner.query, inner.key, inner.value, attention.output)

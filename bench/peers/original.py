@@ -1,0 +1,123 @@
+"""The original (lsg-converter 0.1.9, eager PyTorch), its classes taken from the installed package, never copied here.
+
+Its modules import names that today's transformers no longer has, so only the class definitions that the attention
+needs are executed. Its encoder layers are BART's around that attention; today's BART calls an attention in another way,
+so they are ours around it: the same parts, in the same order.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import math
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.cases import Case
+from bench.peers.base import CHECK_SEED, Attend, AttentionPeer, EncoderPeer, Parts
+from bench.peers.lsg import LSGPeer, lsg_encoder
+from lsg_attn import LSGPattern, lsg_attention
+
+_CLASSES = ("BaseSelfAttention", "BaseAttentionProduct", "LSGAttentionProduct", "LSGBartEncoderSelfAttention")
+
+
+class _Original(LSGPeer):
+    name = "original"
+
+    def obstacle(self, case: Case) -> str | None:
+        """It must be installed, and takes whole blocks only."""
+        if importlib.util.find_spec("lsg_converter") is None:
+            return "lsg-converter is not installed: pip install lsg-converter==0.1.9"
+        if case.tokens % case.pattern.block_size:
+            return f"{case.tokens} tokens are not whole blocks of {case.pattern.block_size}"
+        return super().obstacle(case)
+
+    def checked_dtype(self, case: Case) -> str:
+        """Not one of 16 bits: it ranks norms rounded to them, and so chooses other keys by the same arithmetic."""
+        return "float32" if case.dtype.itemsize < 4 else case.dtype_name
+
+    def expected(self, case: Case, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The reference's output; of ``lsh`` with the directions that the original drew in float32."""
+        torch.manual_seed(CHECK_SEED)
+        shape = query.shape[1], query.shape[3]
+        drawn = [torch.randn(1, shape[0], 1, shape[1], m // 2)[0, :, 0] for m in case.pattern.lsh_buckets]
+        return lsg_attention(query, key, value, case.pattern, implementation="reference", lsh_projections=drawn or None)
+
+
+class OriginalAttention(_Original, AttentionPeer):
+    """Its attention after the projections."""
+
+    def prepare(self, case: Case) -> Attend:
+        """``not_causal_forward`` of its layer, in evaluation."""
+        layer = original_layer(case.pattern, case.size.heads, case.size.head_dim).eval()
+        # It can not do without a mask; an all-zero one is what its encoder would pass.
+        mask = torch.zeros(case.batch, 1, 1, case.tokens, dtype=case.dtype, device=case.device)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            context = layer.not_causal_forward(query, key, value, attention_mask=mask)
+            out: Tensor = context.unflatten(-1, (query.shape[1], -1)).transpose(1, 2)
+            return out
+
+        return attend
+
+
+class OriginalEncoder(_Original, EncoderPeer):
+    """Its attention in each layer of BART's encoder."""
+
+    def build(self, case: Case) -> nn.Module:
+        """Our encoder, with each layer's attention replaced."""
+        encoder = lsg_encoder(case, "auto")
+        for layer in encoder.layers:
+            layer.self_attn = _InLayer(layer.self_attn, case)
+        model: nn.Module = encoder
+        return model
+
+    def parts(self, model: Any) -> Parts:
+        """Of BART's names, which are the original's too."""
+        attention = model.layers[0].self_attn.original
+        return Parts(attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
+
+
+class _InLayer(nn.Module):
+    """The original's layer as ours is called: hidden states (batch, G+T, width) to the same."""
+
+    def __init__(self, ours: nn.Module, case: Case) -> None:
+        super().__init__()
+        self.original = original_layer(case.pattern, case.size.heads, case.size.head_dim)
+        self.original.load_state_dict(ours.state_dict())
+
+    def forward(self, hidden_states: Tensor, attention_mask: None) -> Tensor:
+        batch, length, _ = hidden_states.shape
+        mask = hidden_states.new_zeros(batch, 1, 1, length - self.original.num_global_tokens)
+        out: Tensor = self.original(hidden_states, mask)[0]
+        return out
+
+
+def original_layer(pattern: LSGPattern, heads: int, head_dim: int) -> Any:
+    """The original's self-attention layer with random weights.
+
+    Raises:
+        ModuleNotFoundError: lsg-converter is not installed.
+    """
+    names = ("block_size", "sparse_block_size", "sparsity_factor", "sparsity_type", "num_global_tokens")
+    config = SimpleNamespace(
+        **{name: getattr(pattern, name) for name in (*names, "lsh_num_pre_rounds")}, attention_dropout=0.0
+    )
+    return _original_classes()["LSGBartEncoderSelfAttention"](config, heads * head_dim, heads, 0.0)
+
+
+@lru_cache(maxsize=1)
+def _original_classes() -> dict[str, Any]:
+    spec = importlib.util.find_spec("lsg_converter")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("lsg_converter is not installed: pip install lsg-converter==0.1.9")
+    tree = ast.parse((Path(spec.origin).parent / "bart/modeling_lsg_bart.py").read_text())
+    classes: list[ast.stmt] = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name in _CLASSES]
+    names: dict[str, Any] = {"__name__": "lsg_converter_attention", "torch": torch, "nn": nn, "math": math}
+    exec(compile(ast.Module(classes, []), spec.origin, "exec"), names)
+    return names

@@ -1,0 +1,168 @@
+"""python -m bench.recall: how much of dense attention's probability each pattern keeps on a text, beside its speed.
+
+A checkpoint reads the text with dense attention in every layer. On the queries, keys and values that come up, each
+pattern is asked: how much of the probability lies on tokens that a query sees as they are, how much on these and on
+tokens that it sees averaged with others, and how far the output is from the dense one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench.timing import Clock, Step, interleave, ratio, spread
+from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
+from lsg_attn.compression import Compression, Tokens, compress
+from lsg_attn.demo import progress_bar, read_document
+from lsg_attn.reference import visible_slots, visible_tokens
+from lsg_attn.testing import relative_rms
+
+_TINY = Path(__file__).parent.parent / "tests/goldens/bart/base"
+_DENSE = "dense"
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a line for each pattern."""
+    options = _parse(arguments)
+    console = Console(width=110)
+    model, ids = _read(options)
+    tokens = ids.shape[1]
+    patterns = patterns_of(options.factors, options.block_size, model.num_global_tokens)
+    console.print(
+        f"{options.file or 'pydoc_data.topics'}, the first {tokens} tokens, read by {options.model}: "
+        f"{len(model.layers)} layers, {model.layers[0].self_attn.num_heads} heads, {torch.get_num_threads()} threads.",
+        markup=False,
+    )
+    if options.model == _TINY:
+        console.print("This checkpoint is for tests: its weights are random. --model takes any BART or LSG-BART.")
+    layers = list(dense_layers(model, ids))
+    kept = []
+    with progress_bar(console) as progress:
+        task = progress.add_task("", total=len(patterns) + 1)
+        for pattern in patterns:
+            progress.update(task, description=_name(pattern))
+            every = [recall(pattern, qkv) for qkv in layers]
+            kept.append(Recall(*(sum(xs) / len(xs) for xs in zip(*every, strict=True))))
+            progress.advance(task)
+        progress.update(task, description="speed")
+        speeds = _speeds(patterns, layers[-1])
+        progress.advance(task)
+    columns = ("pattern", "seen as it is", "or averaged", "error of the output", "ms", "dense attention's time over it")
+    table = Table(*columns, title="means over layers and heads; times of the last layer's attention")
+    for pattern, means in zip(patterns, kept, strict=True):
+        milliseconds, gain = speeds[pattern]
+        shares = (f"{100 * x:.1f}%" for x in means[:2])
+        table.add_row(_name(pattern), *shares, f"{means.error:.3f}", f"{milliseconds:.1f}", f"{gain:.2f}")
+    console.print(table)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.recall", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, default=_TINY, help="a BART or LSG-BART; by default one for tests")
+    parser.add_argument("--file", type=Path, help="a text file; by default Python's own language reference")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens to take of it (default: %(default)s)")
+    parser.add_argument("--factors", type=int, nargs="+", default=[2, 4, 8], metavar="F", help="sparsity factors")
+    parser.add_argument("--block-size", type=int, default=128, help="B and s (default: %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def patterns_of(factors: Sequence[int], block_size: int, num_global_tokens: int) -> list[LSGPattern]:
+    """Every type with every factor, and the one without compressed keys."""
+    sizes: dict[str, Any] = {"block_size": block_size, "sparse_block_size": block_size}
+    sizes["num_global_tokens"] = num_global_tokens
+    types = [name for name in SPARSITY_TYPES if name != "none"]
+    every = [LSGPattern(sparsity_type=name, sparsity_factor=factor, **sizes) for factor in factors for name in types]
+    return [*every, LSGPattern(sparsity_type="none", **sizes)]
+
+
+class Recall(NamedTuple):
+    """Of the tokens' queries, means over heads: probability of dense attention that is kept, and the output's error.
+
+    ``seen``: on global, local and chosen tokens; ``covered``: also on tokens that are averaged into a key that the
+    query sees; ``error``: relative root mean square of the output against that of dense attention.
+    """
+
+    seen: float
+    covered: float
+    error: float
+
+
+def recall(pattern: LSGPattern, qkv: QKV) -> Recall:
+    """What a pattern keeps of dense attention on queries, keys and values (1, heads, G+T, head_dim)."""
+    query, key, value = qkv
+    _, heads, length, head_dim = query.shape
+    first, scale = pattern.num_global_tokens, head_dim**-0.5
+    keep = torch.ones(1, length - first, dtype=torch.bool)
+    compression = compress(pattern, Tokens(query[:, :, first:], key[:, :, first:], keep, scale))
+    tokens, slots = visible_tokens(pattern, length)[first:], visible_slots(pattern, length)[first:]
+    seen = covered = 0.0
+    for head in range(heads):  # one at a time: the matrix is as long as the text on both sides
+        probs = (query[0, head, first:] @ key[0, head].mT * scale).softmax(-1)
+        compressed = _compressed_tokens(compression, slots, head, first, length)
+        by_choice = compression is not None and compression.token is not None
+        seen += (probs * (tokens | compressed if by_choice else tokens)).sum(-1).mean().item()
+        covered += (probs * (tokens | compressed)).sum(-1).mean().item()
+    dense = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    out = lsg_attention(query, key, value, pattern)
+    return Recall(seen / heads, covered / heads, relative_rms(out[:, :, first:], dense[:, :, first:]))
+
+
+def _compressed_tokens(compression: Compression | None, slots: Tensor, head: int, first: int, length: int) -> Tensor:
+    """(T, G+T) bool: which tokens (columns) have a weight in a compressed key that a token's query (row) sees."""
+    found = torch.zeros(length - first, length, dtype=torch.bool)
+    if compression is not None:
+        found[:, first:] = slots[:, compression.slot[0, head]] & (compression.weight[0, head] > 0)
+    return found
+
+
+def dense_layers(encoder: Any, ids: Tensor) -> Iterator[QKV]:
+    """Queries, keys and values of each layer of an LSG-BART's encoder that reads ids (1, T) with dense attention."""
+    seen: list[Tensor] = []
+    attentions = [layer.self_attn for layer in encoder.layers]
+    dense = LSGPattern(block_size=ids.shape[1], sparsity_type="none", num_global_tokens=encoder.num_global_tokens)
+    for attention in attentions:
+        attention.pattern = dense  # at most two blocks of tokens all see each other
+        attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.inference_mode():
+        encoder(ids)
+        for attention, hidden in zip(attentions, seen, strict=True):
+            yield attention.project(hidden)
+
+
+def _read(options: argparse.Namespace) -> tuple[Any, Tensor]:
+    """The checkpoint's encoder, and the text's ids (1, T)."""
+    from lsg_attn.bart.demo import load
+
+    model, tokenizer = load(str(options.model), options.tokens)
+    text = read_document(options.file)
+    ids: Tensor = tokenizer(text, truncation=True, max_length=options.tokens, return_tensors="pt")["input_ids"]
+    return model.get_encoder().eval(), ids
+
+
+def _speeds(patterns: Sequence[LSGPattern], qkv: QKV) -> dict[LSGPattern, tuple[float, float]]:
+    """Milliseconds of each pattern, and dense attention's time over its own."""
+    steps: dict[str, Step] = {_name(pattern): partial(lsg_attention, *qkv, pattern=pattern) for pattern in patterns}
+    steps[_DENSE] = partial(torch.nn.functional.scaled_dot_product_attention, *qkv)
+    for step in steps.values():
+        step()
+    with torch.inference_mode():
+        times = interleave(steps, Clock("cpu"), seconds=5.0, least=3)
+    dense = times[_DENSE]
+    return {x: (1e3 * spread(times[_name(x)]).median, ratio(dense, times[_name(x)]).median) for x in patterns}
+
+
+def _name(pattern: LSGPattern) -> str:
+    return f"{pattern.sparsity_type}, f = {pattern.sparsity_factor}" if pattern.has_sparse else "none"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""A run's file: one JSON object a line, the run first, then figures and what was skipped, written as they come."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.cases import Case
+from lsg_attn import __version__
+
+_PACKAGES = ("torch", "triton", "transformers", "lsg-converter", "numpy")
+
+
+class Writer:
+    """Appends records to a new file.
+
+    Raises:
+        FileExistsError: the file is there: figures of two runs do not mix.
+    """
+
+    def __init__(self, path: Path, arguments: dict[str, Any], device: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self._file = path, path.open("x", encoding="utf-8", buffering=1)
+        self.run = describe_run(arguments, device)
+        self.write("run", self.run)
+
+    def write(self, kind: str, record: dict[str, Any]) -> None:
+        """Add a line; a case is described."""
+        self._file.write(json.dumps({"kind": kind, **record}, default=Case.describe) + "\n")
+
+    def close(self) -> None:
+        """Write no more."""
+        self._file.close()
+
+
+class Run(NamedTuple):
+    """What a file holds."""
+
+    run: dict[str, Any]
+    figures: list[dict[str, Any]]  # each a section, what that compares, a case, a peer and its figures
+    skipped: list[dict[str, Any]]  # each the same and a reason
+
+
+def read(path: Path) -> Run:
+    """Read a run's file.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    runs, figures, skipped = (list(_of_kind(path, kind)) for kind in ("run", "figures", "skipped"))
+    if len(runs) != 1:
+        raise ValueError(f"{path}: expected the file of one run, got {len(runs)} records of kind 'run'")
+    return Run(runs[0], figures, skipped)
+
+
+def _of_kind(path: Path, kind: str) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if record.pop("kind") == kind:
+            if "case" in record:
+                record["case"] = Case.from_record(record["case"])
+            yield record
+
+
+def describe_run(arguments: dict[str, Any], device: str) -> dict[str, Any]:
+    """When, on what and with what a run is made."""
+    root = Path(__file__).parent
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
+        commit = git.stdout.strip()
+    except FileNotFoundError:
+        commit = ""
+    memory = Path("/proc/meminfo")
+    total = memory.read_text().split("MemTotal:")[1].split()[0] if memory.exists() else None
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": None if total is None else round(int(total) / 2**20, 1),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "lsg_attn": __version__,
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "cuda": (torch.version.cuda or torch.version.hip) if device == "cuda" else None,
+        "commit": commit or "unknown",
+        "arguments": arguments,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    """The processor's name, with its widest vector instructions as torch sees them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"

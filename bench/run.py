@@ -1,0 +1,132 @@
+"""python -m bench.run: this library beside everything that a user would pick instead, in one run on this machine.
+
+Each implementation is first compared with what it must give, and has no figures if it gives something else. Repetitions
+are interleaved (A B C A B C ...); times are medians, ratios are medians of the ratios within a repetition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench import fresh, peers
+from bench.cases import Case, Section, plan, shrink
+from bench.measure import BOUND, Result, asked, measure, named
+from bench.peak import peak_bytes
+from bench.record import Writer
+from bench.table import print_section, print_skipped
+
+_FOLDER = Path("build/bench")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure a plan, print its tables and write its file.
+
+    Returns:
+        0, or 1 if an implementation of ours failed or anyone's result was wrong, or 2 if nothing could be measured.
+    """
+    options = _parse(arguments)
+    console = Console()
+    console = console if console.width >= 120 else Console(width=120)  # a pipe has no width of its own
+    device = "cpu" if options.dry_run else options.device
+    if device == "cuda" and not torch.cuda.is_available():
+        console.print("bench.run: --device cuda: torch finds no GPU; --dry-run tries its cases on the CPU")
+        return 2
+    sections = [section for section in plan(options.device, options.quick) if options.only in section.title]
+    if options.dry_run:
+        sections = shrink(sections)
+    try:
+        writer = Writer(options.out or _new_path(options), {**vars(options), "out": None}, device)
+    except FileExistsError as error:
+        console.print(f"bench.run: --out: {error.filename} is there already, and runs are not mixed")
+        return 2
+    console.print(" ".join(f"{name}: {value}." for name, value in writer.run.items()), markup=False)
+    total = _measure_all(console, writer, sections, options.peers, options.minutes)
+    writer.close()
+    print_skipped(console, total.figures, total.skipped)
+    console.print(f"written to {writer.path}", markup=False)
+    for failure in total.failures:
+        console.print(f"failed: {failure['what']}", style="red", markup=False)
+    return 1 if total.failures else 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=(__doc__ or "").splitlines()[0])
+    default, names = "cuda" if torch.cuda.is_available() else "cpu", ", ".join(peers.NAMES)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="(default here: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="few cases and repetitions: minutes on two cores")
+    parser.add_argument(
+        "--peers", nargs="+", choices=peers.NAMES, default=list(peers.NAMES), metavar="PEER", help=f"only {names}"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="only sections with this in their title, as encoder")
+    parser.add_argument("--minutes", type=float, help="begin no case after so many; by default all are measured")
+    parser.add_argument("--out", type=Path, help=f"the file to write; by default a new one in {_FOLDER}")
+    parser.add_argument("--dry-run", action="store_true", help="each case with tiny shapes on the CPU: does it work?")
+    return parser.parse_args(arguments)
+
+
+def _new_path(options: argparse.Namespace) -> Path:
+    kind = f"{options.device}{'-quick' * options.quick}{'-dry-run' * options.dry_run}"
+    return _FOLDER / f"{kind}-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
+
+
+def _measure_all(
+    console: Console, writer: Writer, sections: Sequence[Section], names: Sequence[str], minutes: float | None
+) -> Result:
+    total, end = Result(), float("inf") if minutes is None else time.monotonic() + 60 * minutes
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
+    # Redrawn here and there only: a thread that draws would take time from what is measured.
+    with Progress(*columns, TimeElapsedColumn(), console=console, auto_refresh=False) as progress:
+        task = progress.add_task("", total=sum(len(section.cases) for section in sections))
+        for section in sections:
+            figures = []
+            for case in section.cases:
+                progress.update(task, description=f"{section.title}, {case.tokens} tokens", refresh=True)
+                if time.monotonic() > end:
+                    result = _skip_all(section, case, names, f"the {minutes:g} minutes were over")
+                else:
+                    result = _measure(section, case, names, total)
+                for kind in ("figures", "skipped", "failures"):
+                    for record in getattr(result, kind):
+                        writer.write(kind, record)
+                figures += result.figures
+                total.figures += result.figures
+                total.skipped += result.skipped
+                total.failures += result.failures
+                total.verdicts |= result.verdicts
+                progress.update(task, advance=1, refresh=True)
+            print_section(console, section.title, figures)
+    return total
+
+
+def _measure(section: Section, case: Case, names: Sequence[str], total: Result) -> Result:
+    """Times and peaks of a case. On a GPU all are measured in this process, as one's start takes seconds there."""
+    arguments = section, case, names, total.verdicts
+    if case.device == "cuda":
+        return measure(*arguments)
+    try:
+        result = fresh.call(measure, *arguments)
+        for figure in result.figures:
+            if case.tokens in section.memory and figure["peer"] != BOUND:
+                figure["peak_bytes"] = peak_bytes(figure["peer"], case)
+    except (BrokenProcessPool, OSError) as error:  # killed, as where memory runs out; or without glibc
+        result = _skip_all(section, case, names, f"{type(error).__name__}: {error}")
+        result.failures.append({"what": f"{section.title}, {case.tokens} tokens", "traceback": traceback.format_exc()})
+    return result
+
+
+def _skip_all(section: Section, case: Case, names: Sequence[str], reason: str) -> Result:
+    return Result(skipped=[named(section, case, x.name) | {"reason": reason} for x in asked(section, case, names)])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,174 @@
+"""From a peer and a case to what is run: the step that is timed, and the check that comes before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.cases import FORWARD, TRAIN, Case
+from bench.peers.base import CHECK_SEED, VOCABULARY, AttentionPeer, EncoderPeer, Peer
+from lsg_attn.testing import assert_close, make_inputs
+
+CHECK_TOKENS = 1024  # whole blocks and windows of every peer, and more than its smallest sparse length
+
+
+class DisagreementError(Exception):
+    """A peer does not give what it must give."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What runs a peer once. ``leaves``: what a backward fills gradients of."""
+
+    forward: Callable[[], Tensor]
+    leaves: tuple[Tensor, ...]
+    setup_seconds: float  # masks and the like, made once for a shape; on a GPU their code's compilation too
+
+    def clear_gradients(self) -> None:
+        """Free what the last backward left."""
+        for leaf in self.leaves:
+            leaf.grad = None
+
+
+def make_subject(peer: Peer, case: Case) -> Subject:
+    """Inputs and, for encoders, weights; in training mode only for a train step."""
+    if isinstance(peer, AttentionPeer):
+        q, k, v = leaves = _attention_inputs(case)
+        begin = time.perf_counter()
+        attend = peer.prepare(case)
+        if case.device == "cuda":
+            torch.cuda.synchronize()
+        return Subject(lambda: attend(q, k, v), leaves, time.perf_counter() - begin)
+    model, inputs = _model(peer, case)
+    model.train(case.step == TRAIN)
+    weights = tuple(weight for weight in model.parameters() if weight.requires_grad)
+    return Subject(lambda: model(**inputs).last_hidden_state, weights, 0.0)
+
+
+def make_step(subject: Subject, step: str) -> Callable[[], None]:
+    """A case's step as a call without result, whose gradients are left to be seen."""
+    for leaf in subject.leaves:
+        leaf.requires_grad_(step != FORWARD)
+    if step == FORWARD:
+        return torch.no_grad()(_without_result(subject.forward))
+    if step == TRAIN:
+        optimizer = torch.optim.AdamW(subject.leaves, lr=1e-5)
+
+        def train() -> None:
+            optimizer.zero_grad()
+            subject.forward().float().square().mean().backward()
+            optimizer.step()
+
+        return train
+    douts: list[Tensor] = []
+
+    def forward_backward() -> None:
+        subject.clear_gradients()
+        out = subject.forward()
+        if not douts:
+            douts.append(torch.randn_like(out))
+        out.backward(douts[0])
+
+    return forward_backward
+
+
+def check(peer: Peer, case: Case) -> None:
+    """Compare a peer's attention with what it must give, on a few blocks of a case's pattern, dtype and device.
+
+    Of an encoder that is the attention in its first layer, between the linear layers around it. Of an attention whose
+    backward is measured, the gradients are compared too.
+
+    Raises:
+        DisagreementError: they differ by more than the dtype's tolerance.
+    """
+    tokens = max(CHECK_TOKENS, 6 * case.pattern.block_size)
+    small = replace(case, tokens=tokens, batch=1, size_name="tiny", dtype_name=peer.checked_dtype(case))
+    if isinstance(peer, AttentionPeer):
+        qkv, found = _run_attention(peer, small)
+    else:
+        with torch.no_grad():
+            qkv, out = _first_layer(peer, small)
+        found = {"out": out}
+    exact = [x.detach().cpu().double().requires_grad_() for x in qkv]
+    expected = {"out": peer.expected(small, *exact)}
+    if len(found) > 1:
+        gradients = torch.autograd.grad(expected["out"], exact, _dout_like(expected["out"]))
+        expected |= dict(zip(("dquery", "dkey", "dvalue"), gradients, strict=True))
+    for name, x in found.items():
+        try:
+            assert_close(
+                f"{peer.name}, {case.pattern.sparsity_type}, {small.dtype_name}, {name}", x.cpu(), expected[name]
+            )
+        except AssertionError as error:
+            raise DisagreementError(str(error)) from error
+
+
+def _run_attention(peer: AttentionPeer, case: Case) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Inputs, and the output, with the gradients where the case has a backward."""
+    inputs = make_inputs(1, case.size.heads, case.length, case.size.head_dim, case.dtype)
+    q, k, v = (x.to(case.device).requires_grad_(case.step != FORWARD) for x in inputs[:3])
+    attend = peer.prepare(case)
+    torch.manual_seed(CHECK_SEED)
+    out = attend(q, k, v)
+    found = {"out": out.detach()}
+    if case.step != FORWARD:
+        gradients = torch.autograd.grad(out, (q, k, v), _dout_like(out))
+        found |= dict(zip(("dquery", "dkey", "dvalue"), gradients, strict=True))
+    return (q, k, v), found
+
+
+def _dout_like(out: Tensor) -> Tensor:
+    """The same numbers for every dtype and device: those that 16 bits have."""
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().half()
+    return dout.to(out.device, out.dtype)
+
+
+def _first_layer(peer: Peer, case: Case) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Queries, keys, values and the output (1, heads, length, head_dim) of an encoder's first layer."""
+    assert isinstance(peer, EncoderPeer)
+    model, inputs = _model(peer, case)
+    parts = peer.parts(model.eval())
+    seen: dict[int, Tensor] = {}
+    for part in (parts.query, parts.output):
+        part.register_forward_pre_hook(lambda module, inputs: seen.update({id(module): inputs[0]}))
+    torch.manual_seed(CHECK_SEED)
+    model(**inputs)
+    context, heads = seen[id(parts.output)], case.size.heads
+    hidden = seen[id(parts.query)].reshape(context.shape)  # Longformer's is (length, batch, width)
+
+    def split(x: Tensor) -> Tensor:
+        out: Tensor = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+        return out
+
+    qkv = tuple(split(part(hidden)) for part in parts[:3])
+    return qkv, split(context)
+
+
+def _attention_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Random (batch, heads, G+T, head_dim), in memory as projections give them."""
+    torch.manual_seed(0)
+    shape = case.batch, case.length, case.size.heads, case.size.head_dim
+    q, k, v = (torch.randn(shape, dtype=case.dtype, device=case.device).transpose(1, 2) for _ in range(3))
+    return q, k, v
+
+
+def _model(peer: Peer, case: Case) -> tuple[Any, dict[str, Tensor]]:
+    """An encoder with random weights, and random ids as it takes them."""
+    assert isinstance(peer, EncoderPeer)
+    torch.manual_seed(0)
+    with torch.device(case.device):
+        model: nn.Module = peer.build(case)
+        ids = torch.randint(10, VOCABULARY, (case.batch, case.tokens))
+    return model.to(case.device, case.dtype), peer.inputs(ids)
+
+
+def _without_result(call: Callable[[], object]) -> Callable[[], None]:
+    def step() -> None:
+        call()
+
+    return step

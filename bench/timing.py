@@ -1,0 +1,94 @@
+"""Seconds of interleaved repetitions, and what they come to: medians, percentiles, ratios."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+Step = Callable[[], object]
+MOST = 21  # repetitions
+SHORT = 2.0  # seconds
+LONG = 60.0  # seconds: of repetitions that take so long, two are enough
+_FLUSHED = 256 << 20  # bytes: more than a GPU's cache
+
+
+class StepError(Exception):
+    """A step failed, of that name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class Spread(NamedTuple):
+    """A median, and the 20th and 80th percentiles."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def spread(values: list[float]) -> Spread:
+    """The median and percentiles of some values."""
+    low, middle, high = np.percentile(values, (20, 50, 80))
+    return Spread(float(middle), float(low), float(high))
+
+
+def ratio(above: list[float], below: list[float]) -> Spread:
+    """The ratio within each repetition, so that what slowed both of them down does not count."""
+    return spread([a / b for a, b in zip(above, below, strict=True)])
+
+
+class Clock:
+    """Seconds of a step on a CPU or, by its events, on a GPU whose cache is filled with something else before."""
+
+    def __init__(self, device: str) -> None:
+        self._flushed = torch.empty(_FLUSHED, dtype=torch.uint8, device=device) if device == "cuda" else None
+
+    def seconds(self, step: Step) -> float:
+        """Run a step to its end."""
+        if self._flushed is None:
+            begin = time.perf_counter()
+            step()
+            return time.perf_counter() - begin
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flushed.zero_()  # also keeps the GPU busy while the step is being launched
+        first.record()
+        step()
+        last.record()
+        torch.cuda.synchronize()
+        milliseconds: float = first.elapsed_time(last)
+        return milliseconds / 1e3
+
+
+def interleave(steps: dict[str, Step], clock: Clock, seconds: float, least: int) -> dict[str, list[float]]:
+    """Seconds of each step in each repetition A B C A B C ..., so that a drift of the machine hits all alike.
+
+    As many repetitions as fit into ``seconds``, at least ``least`` and at most ``MOST``. A short step is called once
+    more before it is timed, as a user's loop would have called it: what ran in between took its memory and caches, and
+    a virtual machine may have given freed pages back to its host, which makes large allocations several times slower.
+
+    Raises:
+        StepError: a step raised what is its cause.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    last = dict.fromkeys(steps, 0.0)
+    begin = time.perf_counter()
+    for repetition in range(1, MOST + 1):
+        for name, step in steps.items():
+            try:
+                if last[name] < SHORT:
+                    step()
+                last[name] = clock.seconds(step)
+            except Exception as error:
+                raise StepError(name) from error
+            times[name].append(last[name])
+        spent = time.perf_counter() - begin
+        is_enough = repetition >= (least if spent < LONG else min(least, 2))
+        if is_enough and spent + spent / repetition > seconds:
+            break
+    return times

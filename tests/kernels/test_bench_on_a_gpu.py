@@ -1,0 +1,69 @@
+"""What the bench does on a GPU only: its clock, its memory, and the tuning of schedules."""
+
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import tune
+from bench.cases import BACKWARD, FORWARD, SIZES, Case, Section, Size
+from bench.measure import measure
+from lsg_attn import LSGPattern
+from lsg_attn.kernels.schedules import Schedule, Tuning
+
+IS_REAL = bool(torch.version.cuda or torch.version.hip)
+CASE = Case("attention", "tiny", 96, pattern=LSGPattern(16, 16, 2), device="cuda")
+
+
+class Event:
+    """What ttsem has not."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    """A GPU's events and statistics, where there is none."""
+    if not IS_REAL:
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        allocated = iter(range(100, 100000, 100))
+        for name in ("memory_allocated", "max_memory_allocated"):
+            monkeypatch.setattr(torch.cuda, name, lambda: next(allocated))
+        for name in ("empty_cache", "reset_peak_memory_stats"):
+            monkeypatch.setattr(torch.cuda, name, lambda: None)
+
+
+@pytest.mark.parametrize("step", [FORWARD, BACKWARD])
+def test_kernels_are_measured(step, monkeypatch):
+    monkeypatch.setattr("bench.subject.CHECK_TOKENS", 96)
+    monkeypatch.setitem(SIZES, "tiny", Size(32, 1, 2, 32))
+    monkeypatch.setattr("bench.flops._GPU_ROWS", 16)
+    case = replace(CASE, step=step)
+    result = measure(Section("s", (case,), seconds=0, least=1, memory=(96,)), case, ["lsg triton", "dense"], {})
+    assert result.failures == []
+    assert [figure["peer"] for figure in result.figures] == ["lsg triton", "dense", "matmul"]
+    assert result.figures[0]["ratio"] == [1, 1, 1]
+    assert all(figure["ms"][0] > 0 for figure in result.figures)
+    assert all(figure["peak_bytes"] > 0 for figure in result.figures[:2])
+
+
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_a_schedule_is_compared_and_timed(is_backward):
+    trial = tune.Trial(LSGPattern(32, 32, 2), (1, 1, 1 + 96, 16), torch.float16, 0.0, is_backward)
+    other = Schedule(32, 16, Tuning(4, 1))
+    assert other != trial.row
+    measured = trial.measure(other, seconds=0.0)
+    assert measured.obstacle == ""
+    assert measured.to_row is not None
+    trial._expected = [x + 1 for x in trial._expected]
+    wrong = trial.measure(other, seconds=0.0)
+    assert wrong.seconds is None
+    assert wrong.obstacle.startswith("AssertionError: result: relative RMS error")

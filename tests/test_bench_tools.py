@@ -1,0 +1,173 @@
+"""The commands of the bench: a whole run, its pictures and report, scaling, recall and tuning."""
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from bench import measure, peers, plot, recall, run, scaling, tune
+from bench.cases import plan, shrink
+from bench.peers.base import masked_attention
+from bench.record import read
+from lsg_attn import SPARSITY_TYPES, LSGPattern, cli
+from lsg_attn.kernels.schedules import Schedule, Tuning, forward_schedule
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """The file of a run of every case of the GPU's plan, tiny and on the CPU, and what it printed."""
+    path = tmp_path_factory.mktemp("bench") / "dry.jsonl"
+    console = Console(record=True, width=140)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "Console", lambda **_: console)
+        code = run.main(["--device", "cuda", "--dry-run", "--out", str(path)])
+    return code, path, console.export_text()
+
+
+def test_dry_run_of_a_gpus_plan_runs_every_case(dry_run):
+    code, path, printed = dry_run
+    assert code == 0
+    found = read(path)
+    expected = {(section.title, case) for section in shrink(plan("cuda", False)) for case in section.cases}
+    assert {(figure["section"], figure["case"]) for figure in found.figures} == expected
+    ran = {figure["peer"] for figure in found.figures}
+    assert ran == {*peers.NAMES, "matmul"} - {"lsg triton"}
+    for name in peers.NAMES:
+        assert name in printed
+    assert "skipped: lsg triton: the tensors are on device cpu" in printed
+    assert "skipped: flex: FlexAttention has no backward on a CPU" in printed
+    numbers = [figure[key] for figure in found.figures for key in ("us_per_token", "tflops")]
+    assert all(number > 0 for number in numbers)
+    # an implementation that was asked has figures or a reason, in each case
+    asked = {(record["section"], record["case"], record["peer"]) for record in (*found.figures, *found.skipped)}
+    for section in shrink(plan("cuda", False)):
+        for case in section.cases:
+            names = {peer.name for peer in measure.asked(section, case, peers.NAMES)}
+            assert {(section.title, case, name) for name in names} <= asked
+
+
+def test_bad_places_and_missing_gpus_are_said(tmp_path, capsys):
+    path = tmp_path / "there.jsonl"
+    path.write_text("mine")
+    assert run.main(["--quick", "--out", str(path)]) == 2
+    assert "is there already" in capsys.readouterr().out
+    assert path.read_text() == "mine"
+    if not torch.cuda.is_available():
+        assert run.main(["--device", "cuda", "--out", str(tmp_path / "new.jsonl")]) == 2
+        assert tune.main([]) == 2
+        assert capsys.readouterr().out.count("torch finds no GPU") == 2
+
+
+def test_time_that_is_over_skips_all(tmp_path, capsys):
+    path = tmp_path / "late.jsonl"
+    assert run.main(["--quick", "--minutes", "-1", "--peers", "dense", "led", "--out", str(path)]) == 0
+    found = read(path)
+    assert not found.figures
+    assert {record["peer"] for record in found.skipped} == {"dense", "led"}
+    assert "the -1 minutes were over" in capsys.readouterr().out
+
+
+def test_lsg_attn_bench_is_bench_run(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "--help"])
+    assert stop.value.code == 0
+    assert "--dry-run" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["pattern", "--no-such"])
+    assert stop.value.code == 2
+
+
+def test_pictures_are_drawn_of_what_there_is(dry_run, tmp_path):
+    _, path, _ = dry_run
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records.copy():
+        if record["kind"] == "figures" and record["section"] == "attention, forward":
+            record["peak_bytes"] = 1 << 20
+            records.append({**record, "case": {**record["case"], "tokens": 2048}})  # a second length
+    copy = tmp_path / "two.jsonl"
+    copy.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert [x.name for x in plot.plot(copy, tmp_path)] == ["two-time.png", "two-memory.png", "two-ratios.png"]
+    assert [x.name for x in plot.plot(path, tmp_path)] == ["dry-ratios.png"]
+    assert (tmp_path / "two-time.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scaling_finds_exponents_and_crossings():
+    lengths = (512, 1024, 2048, 4096)
+    linear = {n: 3.0 * n for n in lengths}
+    square = {n: n * n / 500 for n in lengths}
+    assert scaling.exponent(linear) == pytest.approx(1)
+    assert scaling.exponent(square) == pytest.approx(2)
+    assert scaling.crossing(linear, square) == "from about 1500 on (measured: 1024 not, 2048 yes)"
+    assert scaling.crossing(linear, {n: 4.0 * n for n in lengths}) == "at all lengths from 512 on"
+    assert scaling.crossing(square, linear) == "not up to 4096"
+
+
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+def test_recall_counts_probability(sparsity_type):
+    torch.manual_seed(0)
+    pattern = LSGPattern(8, 8, 2, sparsity_type, 1)
+    tokens, heads = 64, 2
+    query, key, value = torch.randn(3, 1, heads, 1 + tokens, 16)
+    got = recall.recall(pattern, (query, key, value))
+    assert 0 < got.seen <= got.covered + 1e-6 <= 1 + 2e-6
+    assert (got.seen == got.covered) == (sparsity_type not in ("pooling", "bos_pooling", "lsh"))
+    # what is seen as it is: by a matrix of ones in place of values, dense probabilities over local and global keys
+    if sparsity_type == "none":
+        block = torch.arange(tokens) // 8
+        near = torch.ones(1 + tokens, 1 + tokens, dtype=torch.bool)
+        near[1:, 1:] = (block[:, None] - block).abs() <= 1
+        probs = (query @ key.mT / 4).softmax(-1)
+        expected = (probs * near)[:, :, 1:].sum(-1).mean().item()
+        assert got.seen == pytest.approx(expected, rel=1e-5)
+    # even attention over everything: the error is what it is, the probability is a count
+    even = recall.recall(pattern, (torch.zeros_like(query), key, value))
+    assert even.covered <= (1 + 24 + 32) / 65
+
+
+def test_recall_of_a_pattern_that_leaves_nothing_out():
+    qkv = tuple(torch.randn(3, 1, 2, 1 + 30, 16))
+    seen, covered, error = recall.recall(LSGPattern(16), qkv)
+    assert (seen, covered) == pytest.approx((1, 1))
+    assert error < 1e-5
+
+
+def test_recall_reads_a_text_with_dense_attention(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    recall.main(["--file", str(text), "--tokens", "200", "--block-size", "16", "--factors", "2"])
+    out = capsys.readouterr().out
+    for name in SPARSITY_TYPES:
+        assert name in out
+    assert "its weights are random" in out
+
+
+def test_dense_layers_are_dense():
+    options = recall._parse(["--tokens", "150"])
+    encoder, ids = recall._read(options)
+    outputs = []
+    for layer in encoder.layers:
+        layer.self_attn.out_proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0]))
+    layers = list(recall.dense_layers(encoder, ids))
+    for (query, key, value), out in zip(layers, outputs, strict=True):
+        everything = torch.ones(query.shape[2], query.shape[2])
+        expected = masked_attention(query, key, value, everything).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tune_tries_the_neighbours_of_a_row_and_prints_a_row():
+    row = forward_schedule("sm_90", torch.bfloat16, 64, 128, False)
+    schedules = tune.neighbours(row)
+    assert schedules[0] == row
+    assert len(set(schedules)) == len(schedules) > 10
+    assert all(tune._distance(row, schedule) <= 2 for schedule in schedules)
+    text = tune.row_text(Schedule(64, 32, Tuning(8, 2)), 80, True, "measured on paper")
+    assert eval("{" + text.split("#")[0] + "}") == {(128, True): Schedule(64, 32, Tuning(8, 2))}
+
+
+@pytest.mark.parametrize("arguments", [[], ["--backward"], ["--type", "lsh", "--dropout"]])
+def test_tune_lists_what_it_would_try(arguments, capsys):
+    assert tune.main(["--dry-run", "sm_90", "--tokens", "1024", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "_kernel" in out
+    assert out.count("│") > 60
