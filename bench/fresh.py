@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
@@ -41,20 +39,3 @@ def _context() -> BaseContext:
     context.set_forkserver_preload(_PRELOADED)
     result: BaseContext = context
     return result
-
-
-def keep_freed_memory() -> None:
-    """Have this process's allocator keep what is freed, as jemalloc and others do, rather than fetch it afresh.
-
-    Raises:
-        OSError: the C library is not glibc.
-    """
-    if not sys.platform.startswith("linux"):
-        raise OSError("only glibc can be told to keep freed memory")
-    mallopt = ctypes.CDLL("libc.so.6").mallopt
-    if not all(mallopt(name, value) for name, value in _KEEP):
-        raise OSError("mallopt: glibc does not take these values")
-
-
-# M_MMAP_MAX, M_TRIM_THRESHOLD and M_TOP_PAD of <malloc.h>: nothing is mapped apart, and the heap does not shrink
-_KEEP = ((-4, 0), (-1, 2**31 - 1), (-2, 64 << 20))

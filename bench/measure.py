@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from bench import peers
+from bench.allocator import keep_freed_memory
 from bench.cases import OURS, Case, Section
 from bench.flops import flops, matmul_bound, num_scores
-from bench.fresh import keep_freed_memory
 from bench.peak import cuda_peak_bytes
 from bench.peers.base import Peer
 from bench.subject import DisagreementError, Subject, check, make_step, make_subject

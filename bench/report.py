@@ -97,7 +97,10 @@ def _peers(run: Run, middle: int) -> list[str]:
         if figure["case"].tokens == middle and figure["compares"] == "peers":
             columns.setdefault(_title(figure), {})[figure["peer"]] = figure
     names = [name for name in _WHO if any(name in column for column in columns.values())]
-    head = f"Time over ours at {middle:,} tokens; in brackets, peak memory of the call over ours. Of ours, the amounts."
+    head = (
+        f"Time over ours at {middle:,} tokens: the median of repetitions, and in brackets the 20th and 80th "
+        "percentiles; and the peak memory of the call over ours. Of ours, the amounts."
+    )
     lines = [head, "", f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for name in names:
         cells = [_cell(column.get(name), _ours(column)) for column in columns.values()]
@@ -121,8 +124,9 @@ def _cell(figure: Figure | None, ours: Figure | None) -> str:
         return ""
     peak, own = figure.get("peak_bytes"), ours.get("peak_bytes")
     if figure is ours:
-        return f"{_time(figure['ms'][0])}" + (f" ({peak / 2**20:.0f} MiB)" if peak else "")
-    return f"{figure['ratio'][0]:.2f}" + (f" ({peak / own:.1f})" if peak and own else "")
+        return _time(figure["ms"][0]) + (f", {peak / 2**20:.0f} MiB" if peak else "")
+    ratio, low, high = figure["ratio"]
+    return f"{ratio:.2f} ({low:.2f}-{high:.2f})" + (f", memory {peak / own:.1f}" if peak and own else "")
 
 
 def _time(milliseconds: float) -> str:
@@ -212,7 +216,8 @@ def _skipped(run: Run) -> list[str]:
     reasons: dict[str, dict[str, None]] = {}
     for record in run.skipped:
         reasons.setdefault(f"{_WHO[record['peer']]}: {record['reason']}", {})[record["section"]] = None
-    return [*(f"- skipped: {reason} ({'; '.join(sections)})" for reason, sections in reasons.items()), ""]
+    lines = [f"- {reason} ({'; '.join(sections)})" for reason, sections in reasons.items()]
+    return ["<details><summary>Who did not run what, and why</summary>", "", *lines, "", "</details>", ""]
 
 
 if __name__ == "__main__":

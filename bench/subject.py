@@ -128,9 +128,8 @@ def _dout_like(out: Tensor) -> Tensor:
     return dout.to(out.device, out.dtype)
 
 
-def _first_layer(peer: Peer, case: Case) -> tuple[tuple[Tensor, ...], Tensor]:
+def _first_layer(peer: EncoderPeer, case: Case) -> tuple[tuple[Tensor, ...], Tensor]:
     """Queries, keys, values and the output (1, heads, length, head_dim) of an encoder's first layer."""
-    assert isinstance(peer, EncoderPeer)
     model, inputs = _model(peer, case)
     parts = peer.parts(model.eval())
     seen: dict[int, Tensor] = {}
@@ -157,9 +156,8 @@ def _attention_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _model(peer: Peer, case: Case) -> tuple[Any, dict[str, Tensor]]:
+def _model(peer: EncoderPeer, case: Case) -> tuple[Any, dict[str, Tensor]]:
     """An encoder with random weights, and random ids as it takes them."""
-    assert isinstance(peer, EncoderPeer)
     torch.manual_seed(0)
     with torch.device(case.device):
         model: nn.Module = peer.build(case)

@@ -11,7 +11,7 @@ import torch
 
 Step = Callable[[], object]
 MOST = 21  # repetitions
-SHORT = 2.0  # seconds
+SHORT = 2.5  # seconds
 LONG = 60.0  # seconds: of repetitions that take so long, two are enough
 _FLUSHED = 256 << 20  # bytes: more than a GPU's cache
 

@@ -15,6 +15,8 @@ from .demo import progress_bar, run_demo
 from .draw import kinds_of_keys, print_pattern, save_pattern
 from .pattern import SPARSITY_TYPES, LSGPattern
 
+_CHECKOUT = Path(__file__).parent.parent
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; ``arguments`` are those of the process by default. Bad ones end it with status 2."""
@@ -28,8 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bench.set_defaults(run=_bench)
     options, rest = parser.parse_known_args(arguments)
     if options.run is _bench:
-        options.arguments = rest  # bench.run reads them, --help too
-    elif rest:
+        if not (_CHECKOUT / "bench/run.py").exists():
+            parser.exit(2, "lsg-attn: bench is not installed: it is part of the repository, and runs in a checkout\n")
+        sys.exit(_bench(rest))
+    if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         options.run(options)
@@ -135,14 +139,12 @@ def _pattern(options: argparse.Namespace) -> None:
     save_pattern(options.out, patterns, kinds)
 
 
-def _bench(options: argparse.Namespace) -> None:
-    checkout = Path(__file__).parent.parent
-    if not (checkout / "bench/run.py").exists():
-        raise ModuleNotFoundError("bench is not installed: it is part of the repository, and runs in a checkout")
-    sys.path.insert(0, str(checkout))
+def _bench(arguments: Sequence[str]) -> int:
+    """What bench.run does with its own arguments, --help too."""
+    sys.path.insert(0, str(_CHECKOUT))
     from bench.run import main as run
 
-    sys.exit(run(options.arguments))
+    return run(arguments)
 
 
 def _console() -> Console:

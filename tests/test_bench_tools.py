@@ -1,17 +1,20 @@
 """The commands of the bench: a whole run, its pictures and report, scaling, recall and tuning."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from bench import measure, peers, plot, recall, run, scaling, tune
+from bench import measure, peers, plot, recall, report, run, scaling, tune
 from bench.cases import plan, shrink
 from bench.peers.base import masked_attention
 from bench.record import read
 from lsg_attn import SPARSITY_TYPES, LSGPattern, cli
 from lsg_attn.kernels.schedules import Schedule, Tuning, forward_schedule
+
+RESULTS = Path(report.__file__).parent / "results"
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def test_time_that_is_over_skips_all(tmp_path, capsys):
     assert "the -1 minutes were over" in capsys.readouterr().out
 
 
-def test_lsg_attn_bench_is_bench_run(capsys):
+def test_lsg_attn_bench_is_bench_run(capsys, monkeypatch, tmp_path):
     with pytest.raises(SystemExit) as stop:
         cli.main(["bench", "--help"])
     assert stop.value.code == 0
@@ -76,6 +79,11 @@ def test_lsg_attn_bench_is_bench_run(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["pattern", "--no-such"])
     assert stop.value.code == 2
+    monkeypatch.setattr(cli, "_CHECKOUT", tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", "--quick"])
+    assert stop.value.code == 2
+    assert "runs in a checkout" in capsys.readouterr().err
 
 
 def test_pictures_are_drawn_of_what_there_is(dry_run, tmp_path):
@@ -90,6 +98,56 @@ def test_pictures_are_drawn_of_what_there_is(dry_run, tmp_path):
     assert [x.name for x in plot.plot(copy, tmp_path)] == ["two-time.png", "two-memory.png", "two-ratios.png"]
     assert [x.name for x in plot.plot(path, tmp_path)] == ["dry-ratios.png"]
     assert (tmp_path / "two-time.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_readme_says_what_the_files_say():
+    report.main(["--check"])
+
+
+def test_report_refuses_dry_runs_and_texts_without_its_place(dry_run):
+    readme = f"before\n{report._BEGIN}old\n{report._END}after\n"
+    path = RESULTS / "cpu.jsonl"
+    text = report.with_report(readme, [path])
+    assert text.startswith(f"before\n{report._BEGIN}")
+    assert text.endswith(f"{report._END}after\n")
+    assert report.with_report(text, [path]) == text
+    with pytest.raises(ValueError, match="dry run"):
+        report.with_report(readme, [dry_run[1]])
+    with pytest.raises(ValueError, match="expected a section"):
+        report.with_report("no marks", [path])
+
+
+@pytest.mark.parametrize("key", ["ms", "ratio", "peak_bytes"])
+def test_report_is_made_of_the_figures(key, tmp_path):
+    path = RESULTS / "cpu.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        if record.get(key) and record["peer"] == "lsg torch":
+            value = record[key]
+            record[key] = [1.7 * x for x in value] if isinstance(value, list) else 2 * value
+        elif record.get(key) and record["peer"] == "original":
+            record[key] = record[key] if isinstance(record[key], int) else [3.1 * x for x in record[key]]
+    changed = tmp_path / path.name
+    changed.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert report.report(changed) != report.report(path)
+
+
+def test_committed_runs_are_whole():
+    for path in RESULTS.glob("*.jsonl"):
+        found = read(path)
+        assert not found.run["commit"].endswith("-dirty")
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        assert not any(x["kind"] == "failures" and x["what"].startswith("lsg") for x in records)
+        arguments = found.run["arguments"]
+        titles = {x.title for x in plan(arguments["device"], arguments["quick"]) if arguments["only"] in x.title}
+        assert {figure["section"] for figure in found.figures} == titles
+
+
+def test_scaling_of_a_file(capsys):
+    scaling.main([str(RESULTS / "cpu.jsonl")])
+    out = capsys.readouterr().out
+    assert "attention, forward" in out
+    assert "dense" in out
 
 
 def test_scaling_finds_exponents_and_crossings():

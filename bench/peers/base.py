@@ -20,7 +20,7 @@ CHECK_SEED = 0  # torch's seed when a peer is checked: the original draws its ha
 VOCABULARY = 1000
 
 
-class Peer(ABC):
+class Adapter(ABC):
     """Something that is measured. ``is_lsg``: whether what it computes depends on the pattern."""
 
     name: str
@@ -43,7 +43,7 @@ class Peer(ABC):
         """What its attention must give on float64 (batch, heads, length, head_dim) on the CPU: shaped so, float64."""
 
 
-class AttentionPeer(Peer):
+class AttentionPeer(Adapter):
     """Attention on queries, keys and values (batch, heads, G+T, head_dim)."""
 
     @abstractmethod
@@ -63,7 +63,7 @@ class Parts(NamedTuple):
     output: nn.Module
 
 
-class EncoderPeer(Peer):
+class EncoderPeer(Adapter):
     """An encoder with random weights."""
 
     def obstacle(self, case: Case) -> str | None:
@@ -81,6 +81,9 @@ class EncoderPeer(Peer):
     @abstractmethod
     def parts(self, model: Any) -> Parts:
         """Where its first layer's attention begins and ends."""
+
+
+Peer = AttentionPeer | EncoderPeer
 
 
 def missing_transformers() -> str | None:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases import Case
-from bench.peers.base import VOCABULARY, Attend, AttentionPeer, EncoderPeer, Parts, Peer, masked_attention
+from bench.peers.base import VOCABULARY, Adapter, Attend, AttentionPeer, EncoderPeer, Parts, masked_attention
 
 
-class _Dense(Peer):
+class _Dense(Adapter):
     name = "dense"
 
     def scores(self, case: Case) -> int:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from bench.cases import Case
 from bench.peers.base import (
     VOCABULARY,
+    Adapter,
     Attend,
     AttentionPeer,
     EncoderPeer,
     Parts,
-    Peer,
     masked_attention,
     missing_transformers,
 )
@@ -23,7 +23,7 @@ from bench.peers.base import (
 WINDOW = 512  # keys besides a token's own: of allenai/longformer-base-4096; LED's checkpoints have 1024
 
 
-class _SlidingWindow(Peer):
+class _SlidingWindow(Adapter):
     def scores(self, case: Case) -> int:
         """Those of the band, as it is multiplied: corners outside of it aside."""
         return case.tokens * (WINDOW + 1)

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from bench.cases import Case
 from bench.flops import num_scores
-from bench.peers.base import VOCABULARY, Attend, AttentionPeer, EncoderPeer, Parts, Peer, pairs_obstacle
+from bench.peers.base import VOCABULARY, Adapter, Attend, AttentionPeer, EncoderPeer, Parts, pairs_obstacle
 from lsg_attn import lsg_attention
 from lsg_attn.fused import obstacles
 
 
-class LSGPeer(Peer):
+class LSGPeer(Adapter):
     """What computes LSG attention: it has to agree with the reference, and its scores are the pattern's."""
 
     is_lsg = True
@@ -41,7 +41,7 @@ class LSGImplementation(LSGPeer, AttentionPeer):
             slots = case.pattern.num_slots(case.tokens)
             pairs = case.length * (case.length + slots)
             # scores, mask, probabilities, and with a backward their gradients; it is for checking, and slow
-            return pairs_obstacle(case, pairs, 6, 4 << 30, "dense scores and probabilities")
+            return pairs_obstacle(case, pairs, 6, 2 << 30, "dense scores and probabilities")
         return _obstacle(self._implementation, case)
 
     def prepare(self, case: Case) -> Attend:
