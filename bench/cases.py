@@ -157,10 +157,10 @@ def plan(device: str, quick: bool) -> list[Section]:
         few: dict[str, Any] = {"seconds": 1.0, "least": 2}
         one = replace(train, batch=1, tokens=1024, size_name="layer")
         return [
-            Section(names[0], _over(attention, (1024, 4096)), memory=(4096,), **few),
+            Section(names[0], (attention,), memory=(4096,), **few),
             Section(names[1], (backward,), memory=(4096,), **few),
             Section(names[2], _over(encoder, (2048,)), memory=(2048,), **few),
-            Section(names[3], (one,), memory=(1024,), **few),
+            Section(names[3], (one,), **few),
         ]
     every = what.lengths
     times: dict[str, Any] = {"seconds": what.seconds}
