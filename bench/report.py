@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; fail if the README would change")
     options = parser.parse_args(arguments)
     old = _README.read_text(encoding="utf-8")
-    new = with_report(old, sorted(_RESULTS.glob("*.jsonl")))
+    new = with_report(old, sorted(_RESULTS.glob("*.jsonl"), key=lambda path: path.stem))
     if options.check and new != old:
         raise SystemExit("README.md: the performance section is not that of bench/results; run python -m bench.report")
     if not options.check:
