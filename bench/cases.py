@@ -168,8 +168,8 @@ def plan(device: str, quick: bool) -> list[Section]:
     layer, large = replace(encoder, size_name="layer"), replace(encoder, size_name="large")
     types = [LSGPattern(sparsity_type=name) for name in SPARSITY_TYPES]
     sections = [
-        Section(names[0], _over(attention, every), memory=ends, least=7, **times),
-        Section(names[1], _over(backward, what.backward_lengths), memory=ends, least=7, **times),
+        Section(names[0], _over(attention, every), memory=ends, least=5, **times),
+        Section(names[1], _over(backward, what.backward_lengths), memory=ends, least=5, **times),
         Section(names[2], _over(encoder, what.encoder_lengths), memory=ends, **times),
         Section(names[3], (train,), memory=middle, least=2, **times),
         Section(f"one encoder layer, {FORWARD}", (layer,), memory=middle, **times),
