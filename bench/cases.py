@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -31,14 +31,18 @@ class Size:
         return self.width // self.heads
 
 
+def ours_of(peers: Container[str]) -> str | None:
+    """Which of our implementations stands for us among these peers."""
+    return next((name for name in OURS if name in peers), None)
+
+
 SIZES = {
     "layer": Size(768, 1, 12, 3072),
     "base": Size(768, 6, 12, 3072),  # BART (arXiv 1910.13461)
     "large": Size(1024, 12, 16, 4096),
     "roberta": Size(768, 12, 12, 3072),  # of the train step in lsg-converter's README
-    "tiny": Size(
-        1024, 1, 16, 64
-    ),  # heads like those of the others: a check compiles the kernels that are measured then
+    # for checks and dry runs: heads like those of the others, so that a check compiles what is measured then
+    "tiny": Size(1024, 1, 16, 64),
 }
 
 
@@ -92,7 +96,7 @@ class Section:
 
     ``compares``: ``"peers"``, or what its cases, or it and others, differ in; ``peers``: whose figures it has, or all
     of the level; ``seconds``: how long to repeat each case, at least ``least`` times; ``memory``: the lengths whose
-    peak is measured too; ``keeps_memory``: on a CPU, with an allocator that keeps what is freed.
+    peak is measured too.
     """
 
     title: str
@@ -102,7 +106,11 @@ class Section:
     seconds: float = 10.0
     least: int = 3
     memory: tuple[int, ...] = ()
-    keeps_memory: bool = False
+
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether, on a CPU, it is measured with an allocator that keeps what is freed."""
+        return self.compares == "allocators"
 
 
 @dataclass(frozen=True)
@@ -181,7 +189,7 @@ def plan(device: str, quick: bool) -> list[Section]:
     if device == "cpu":
         kept = {FORWARD: attention, BACKWARD: backward}
         sections += [
-            Section(f"attention, freed memory kept, {step}", (case,), "allocators", keeps_memory=True, **times)
+            Section(f"attention, freed memory kept, {step}", (case,), "allocators", **times)
             for step, case in kept.items()
         ]
     dtypes = tuple(replace(attention, dtype_name=name) for name in what.other_dtypes)

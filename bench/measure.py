@@ -13,7 +13,7 @@ import torch
 
 from bench import peers
 from bench.allocator import keep_freed_memory
-from bench.cases import OURS, Case, Section
+from bench.cases import OURS, Case, Section, ours_of
 from bench.flops import flops, matmul_bound, num_scores
 from bench.peak import cuda_peak_bytes
 from bench.peers.base import Peer
@@ -149,7 +149,7 @@ def _free() -> None:
 def _of_times(case: Case, times: dict[str, list[float]], name: str, scores: int) -> dict[str, Any]:
     """What comes of seconds: ``ratio`` is this time over that of ours, ``over_matmul`` over the bound's."""
     seconds = spread(times[name])
-    ours = next((ours for ours in OURS if ours in times), None)
+    ours = ours_of(times)
     return {
         "repetitions": len(times[name]),
         "ms": [1e3 * x for x in seconds],

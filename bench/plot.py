@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cases import OURS, Case
+from bench.cases import OURS
 from bench.measure import BOUND
 from bench.record import Run, read
 
@@ -111,7 +111,7 @@ def _ratios(run: Run, note: str) -> Any:
             groups.setdefault(figure["section"], []).append(figure)
     if not groups:
         return None
-    middle = _common_length([figure["case"] for figures in groups.values() for figure in figures])
+    middle = run.common_length()
     groups = {title: [x for x in figures if x["case"].tokens == middle] for title, figures in groups.items()}
     groups = {title: figures for title, figures in groups.items() if len(figures) > 2}
     if not groups:
@@ -136,11 +136,6 @@ def _ratios(run: Run, note: str) -> Any:
         axis.remove()
     canvas.supxlabel(f"{middle} tokens; {note}", fontsize=8, color="#555555")
     return canvas
-
-
-def _common_length(cases: Sequence[Case]) -> int:
-    lengths = [case.tokens for case in cases]
-    return max(set(lengths), key=lambda length: (lengths.count(length), length))
 
 
 def _legend(canvas: Any, axes: Sequence[Any]) -> None:

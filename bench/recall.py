@@ -140,12 +140,10 @@ def dense_layers(encoder: Any, ids: Tensor) -> Iterator[QKV]:
 
 def _read(options: argparse.Namespace) -> tuple[Any, Tensor]:
     """The checkpoint's encoder, and the text's ids (1, T)."""
-    from lsg_attn.bart.demo import load
+    from lsg_attn.bart.demo import encode, load
 
     model, tokenizer = load(str(options.model), options.tokens)
-    text = read_document(options.file)
-    ids: Tensor = tokenizer(text, truncation=True, max_length=options.tokens, return_tensors="pt")["input_ids"]
-    return model.get_encoder().eval(), ids
+    return model.get_encoder().eval(), encode(read_document(options.file), tokenizer, options.tokens)
 
 
 def _speeds(patterns: Sequence[LSGPattern], qkv: QKV) -> dict[LSGPattern, tuple[float, float]]:

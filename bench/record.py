@@ -48,6 +48,11 @@ class Run(NamedTuple):
     figures: list[dict[str, Any]]  # each a section, what that compares, a case, a peer and its figures
     skipped: list[dict[str, Any]]  # each the same and a reason
 
+    def common_length(self) -> int:
+        """The length that most figures of peers have; of several the longest."""
+        lengths: list[int] = [figure["case"].tokens for figure in self.figures if figure["compares"] == "peers"]
+        return max(set(lengths), key=lambda length: (lengths.count(length), length))
+
 
 def read(path: Path) -> Run:
     """Read a run's file.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cases import OURS, Case
+from bench.cases import OURS, Case, ours_of
 from bench.measure import BOUND
 from bench.record import Run, read
 from bench.table import pattern_label
@@ -67,9 +67,7 @@ def report(path: Path) -> list[str]:
     run = read(path)
     if run.run["arguments"]["dry_run"]:
         raise ValueError(f"{path}: figures of a dry run say nothing")
-    lengths = [figure["case"].tokens for figure in run.figures if figure["compares"] == "peers"]
-    middle = max(set(lengths), key=lambda length: (lengths.count(length), length))
-    lines = [*_heading(path, run), *_peers(run, middle), *_lengths(run), *_patterns(run), *_kept(run)]
+    lines = [*_heading(path, run), *_peers(run, run.common_length()), *_lengths(run), *_patterns(run), *_kept(run)]
     pictures = [f"{path.stem}-{name}.png" for name in ("ratios", "time", "memory")]
     for name in pictures:
         if (path.parent / name).exists():
@@ -101,11 +99,8 @@ def _peers(run: Run, middle: int) -> list[str]:
         f"Time over ours at {middle:,} tokens: the median of repetitions, and in brackets the 20th and 80th "
         "percentiles; and the peak memory of the call over ours. Of ours, the amounts."
     )
-    lines = [head, "", f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-    for name in names:
-        cells = [_cell(column.get(name), _ours(column)) for column in columns.values()]
-        lines.append(f"| {_WHO[name]} | {' | '.join(cells)} |")
-    return [*lines, ""]
+    rows = {_WHO[name]: [_cell(x.get(name), _ours(x)) for x in columns.values()] for name in names}
+    return [head, "", *_markdown(columns, rows)]
 
 
 def _title(figure: Figure) -> str:
@@ -116,7 +111,7 @@ def _title(figure: Figure) -> str:
 
 
 def _ours(column: dict[str, Figure]) -> Figure | None:
-    return next((column[name] for name in OURS if name in column), None)
+    return column.get(ours_of(column) or "")
 
 
 def _cell(figure: Figure | None, ours: Figure | None) -> str:
@@ -144,11 +139,22 @@ def _lengths(run: Run) -> list[str]:
     if not sections:
         return []
     head = "Dense attention's time over ours, by length (above 1, LSG is faster):"
-    lines = [head, "", f"| | {' | '.join(f'{x:,}' for x in lengths)} |", "|---" * (1 + len(lengths)) + "|"]
-    for title, row in sections.items():
-        cells = (f"{row[length]['ratio'][0]:.2f}" if length in row else "" for length in lengths)
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-    return [*lines, ""]
+    rows = {
+        title: [f"{row[length]['ratio'][0]:.2f}" if length in row else "" for length in lengths]
+        for title, row in sections.items()
+    }
+    return [head, "", *_markdown([f"{length:,}" for length in lengths], rows)]
+
+
+def _markdown(columns: Iterable[str], rows: dict[str, list[str]]) -> list[str]:
+    """A table whose rows have names."""
+    names = list(columns)
+    return [
+        f"| | {' | '.join(names)} |",
+        "|---" * (1 + len(names)) + "|",
+        *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()),
+        "",
+    ]
 
 
 def _patterns(run: Run) -> list[str]:
@@ -169,10 +175,7 @@ def _patterns(run: Run) -> list[str]:
         if rows:
             others = [_WHO[name] for name in names]
             columns = [x for title in titles for x in (f"{title.split(', ')[-1]}, ours", *others)]
-            lines += [f"{head}: our time, and others' over it.", ""]
-            lines += [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-            lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
-            lines.append("")
+            lines += [f"{head}: our time, and others' over it.", "", *_markdown(columns, rows)]
     return lines
 
 

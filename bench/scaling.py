@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import fresh
-from bench.cases import OURS, Case, Section
+from bench.cases import OURS, Case, Section, ours_of
 from bench.measure import measure
 from bench.record import read
 
@@ -76,13 +76,13 @@ def _measured() -> dict[str, Points]:
 
 
 def _print(console: Console, title: str, points: Points) -> None:
-    ours = next((points[name] for name in OURS if name in points), None)
+    name_of_ours = ours_of(points)
     table = Table("peer", "lengths", "time grows as length to the", "LSG is faster than it", title=title)
     for name, line in points.items():
         if len(line) < 2:
             continue
         span = f"{min(line)} to {max(line)}"
-        told = "" if ours is None or line is ours else crossing(ours, line)
+        told = "" if name_of_ours in (None, name) else crossing(points[name_of_ours], line)
         table.add_row(name, span, f"{exponent(line):.2f}", told)
     console.print(table)
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.model import DATA_SHEETS, model, num_scores
+from bench.flops import num_scores
+from bench.model import DATA_SHEETS, model
 from lsg_attn import SPARSITY_TYPES, LSGPattern
 from lsg_attn.reference import visible_slots, visible_tokens
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bench.cases import Case
+from bench.cases import Case, Size
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 CHECK_SEED = 0  # torch's seed when a peer is checked: the original draws its hashes' directions from there
@@ -84,6 +84,33 @@ class EncoderPeer(Adapter):
 
 
 Peer = AttentionPeer | EncoderPeer
+
+
+def bart_sizes(size: Size) -> dict[str, Any]:
+    """The configuration of an encoder of BART's kind."""
+    return {
+        "vocab_size": VOCABULARY,
+        "d_model": size.width,
+        "encoder_layers": size.layers,
+        "encoder_attention_heads": size.heads,
+        "encoder_ffn_dim": size.feed_forward,
+    }
+
+
+def bert_sizes(size: Size) -> dict[str, Any]:
+    """The configuration of an encoder of BERT's kind."""
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": size.width,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "intermediate_size": size.feed_forward,
+    }
+
+
+def bart_parts(attention: Any) -> Parts:
+    """The linear layers of an attention with BART's names."""
+    return Parts(attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
 
 
 def missing_transformers() -> str | None:

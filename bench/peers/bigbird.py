@@ -8,9 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases import Case
-from bench.peers.base import VOCABULARY, EncoderPeer, Parts, masked_attention, pairs_obstacle, total_memory
+from bench.peers.base import (
+    EncoderPeer,
+    Parts,
+    bart_sizes,
+    bert_sizes,
+    masked_attention,
+    pairs_obstacle,
+    total_memory,
+)
 
 BLOCK, RANDOM = 64, 3  # of google/bigbird-roberta-base and google/bigbird-pegasus-large-arxiv
+_SPARSE: dict[str, Any] = {"attention_type": "block_sparse", "block_size": BLOCK, "num_random_blocks": RANDOM}
 
 
 class _BigBird(EncoderPeer):
@@ -55,17 +64,10 @@ class BigBirdEncoder(_BigBird):
         """Of BERT's kind, fresh each time."""
         from transformers import BigBirdConfig, BigBirdModel
 
-        size = case.size
         config = BigBirdConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=size.width,
-            num_hidden_layers=size.layers,
-            num_attention_heads=size.heads,
-            intermediate_size=size.feed_forward,
+            **bert_sizes(case.size),
             max_position_embeddings=case.tokens,
-            attention_type="block_sparse",
-            block_size=BLOCK,
-            num_random_blocks=RANDOM,
+            **_SPARSE,
             hidden_act="gelu",  # as all others; the default is one of many small steps
         )
         model: nn.Module = BigBirdModel(config, add_pooling_layer=False)
@@ -87,17 +89,10 @@ class BigBirdPegasusEncoder(_BigBird):
         from transformers import BigBirdPegasusConfig
         from transformers.models.bigbird_pegasus.modeling_bigbird_pegasus import BigBirdPegasusEncoder as Encoder
 
-        size = case.size
         config = BigBirdPegasusConfig(
-            vocab_size=VOCABULARY,
-            d_model=size.width,
-            encoder_layers=size.layers,
-            encoder_attention_heads=size.heads,
-            encoder_ffn_dim=size.feed_forward,
+            **bart_sizes(case.size),
             max_position_embeddings=case.tokens,
-            attention_type="block_sparse",
-            block_size=BLOCK,
-            num_random_blocks=RANDOM,
+            **_SPARSE,
             activation_function="gelu",  # as all others; the default is one of many small steps
         )
         model: nn.Module = Encoder(config)

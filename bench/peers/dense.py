@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases import Case
-from bench.peers.base import VOCABULARY, Adapter, Attend, AttentionPeer, EncoderPeer, Parts, masked_attention
+from bench.peers.base import (
+    Adapter,
+    Attend,
+    AttentionPeer,
+    EncoderPeer,
+    Parts,
+    bart_parts,
+    bart_sizes,
+    masked_attention,
+)
 
 
 class _Dense(Adapter):
@@ -45,13 +54,8 @@ class BartEncoder(_Dense, EncoderPeer):
         from transformers import BartConfig
         from transformers.models.bart.modeling_bart import BartEncoder as Encoder
 
-        size = case.size
         config = BartConfig(
-            vocab_size=VOCABULARY,
-            d_model=size.width,
-            encoder_layers=size.layers,
-            encoder_attention_heads=size.heads,
-            encoder_ffn_dim=size.feed_forward,
+            **bart_sizes(case.size),
             max_position_embeddings=case.tokens,
             attn_implementation="sdpa",
         )
@@ -61,4 +65,4 @@ class BartEncoder(_Dense, EncoderPeer):
     def parts(self, model: Any) -> Parts:
         """Of its first layer."""
         attention = model.layers[0].self_attn
-        return Parts(attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
+        return bart_parts(attention)

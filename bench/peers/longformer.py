@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from bench.cases import Case
 from bench.peers.base import (
-    VOCABULARY,
     Adapter,
     Attend,
     AttentionPeer,
     EncoderPeer,
     Parts,
+    bart_sizes,
+    bert_sizes,
     masked_attention,
     missing_transformers,
 )
@@ -94,13 +95,8 @@ class LongformerEncoder(_SlidingWindow, EncoderPeer):
         """Of RoBERTa's kind: its positions begin at 2."""
         from transformers import LongformerConfig, LongformerModel
 
-        size = case.size
         config = LongformerConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=size.width,
-            num_hidden_layers=size.layers,
-            num_attention_heads=size.heads,
-            intermediate_size=size.feed_forward,
+            **bert_sizes(case.size),
             max_position_embeddings=case.tokens + 2,
             attention_probs_dropout_prob=0.0,
             attention_window=WINDOW,
@@ -124,13 +120,8 @@ class LEDEncoder(_SlidingWindow, EncoderPeer):
         from transformers import LEDConfig
         from transformers.models.led.modeling_led import LEDEncoder as Encoder
 
-        size = case.size
         config = LEDConfig(
-            vocab_size=VOCABULARY,
-            d_model=size.width,
-            encoder_layers=size.layers,
-            encoder_attention_heads=size.heads,
-            encoder_ffn_dim=size.feed_forward,
+            **bart_sizes(case.size),
             max_encoder_position_embeddings=case.tokens,
             attention_window=WINDOW,
         )

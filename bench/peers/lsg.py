@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from bench.cases import Case
 from bench.flops import num_scores
-from bench.peers.base import VOCABULARY, Adapter, Attend, AttentionPeer, EncoderPeer, Parts, pairs_obstacle
+from bench.peers.base import (
+    Adapter,
+    Attend,
+    AttentionPeer,
+    EncoderPeer,
+    Parts,
+    bart_parts,
+    bart_sizes,
+    pairs_obstacle,
+)
 from lsg_attn import lsg_attention
 from lsg_attn.fused import obstacles
 
@@ -67,7 +76,7 @@ class LSGEncoder(LSGPeer, EncoderPeer):
     def parts(self, model: Any) -> Parts:
         """Of BART's names."""
         attention = model.layers[0].self_attn
-        return Parts(attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
+        return bart_parts(attention)
 
 
 def lsg_encoder(case: Case, implementation: str) -> Any:
@@ -75,13 +84,9 @@ def lsg_encoder(case: Case, implementation: str) -> Any:
     from lsg_attn.bart import LSGBartConfig
     from lsg_attn.bart.modeling import LSGBartEncoder
 
-    size, pattern = case.size, case.pattern
+    pattern = case.pattern
     config = LSGBartConfig(
-        vocab_size=VOCABULARY,
-        d_model=size.width,
-        encoder_layers=size.layers,
-        encoder_attention_heads=size.heads,
-        encoder_ffn_dim=size.feed_forward,
+        **bart_sizes(case.size),
         max_position_embeddings=case.tokens,
         block_size=pattern.block_size,
         sparse_block_size=pattern.sparse_block_size,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases import Case
-from bench.peers.base import CHECK_SEED, Attend, AttentionPeer, EncoderPeer, Parts
+from bench.peers.base import CHECK_SEED, Attend, AttentionPeer, EncoderPeer, Parts, bart_parts
 from bench.peers.lsg import LSGPeer, lsg_encoder
 from lsg_attn import LSGPattern, lsg_attention
 
@@ -80,7 +80,7 @@ class OriginalEncoder(_Original, EncoderPeer):
     def parts(self, model: Any) -> Parts:
         """Of BART's names, which are the original's too."""
         attention = model.layers[0].self_attn.original
-        return Parts(attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
+        return bart_parts(attention)
 
 
 class _InLayer(nn.Module):

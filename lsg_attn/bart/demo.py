@@ -53,7 +53,7 @@ def run_bart_demo(
         reader, tokenizer = _measured(steps, "build", lambda: (_random_model(size, tokens), None))
     else:
         reader, tokenizer = _measured(steps, "load", lambda: load(str(model), tokens))
-    ids = _encode(text, tokenizer, tokens)
+    ids = encode(text, tokenizer, tokens)
     config = reader.config
     what, note = model, "."
     if size is not None:
@@ -106,7 +106,7 @@ def _random_model(size: str, num_tokens: int) -> LSGBartForConditionalGeneration
     return model
 
 
-def _encode(text: str, tokenizer: Any, num_tokens: int) -> torch.Tensor:
+def encode(text: str, tokenizer: Any, num_tokens: int) -> torch.Tensor:
     """(1, up to num_tokens) token ids, from BOS to EOS."""
     if tokenizer is not None:
         ids: torch.Tensor = tokenizer(text, truncation=True, max_length=num_tokens, return_tensors="pt")["input_ids"]
