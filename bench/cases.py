@@ -13,6 +13,7 @@ from lsg_attn import SPARSITY_TYPES, LSGPattern
 FORWARD, BACKWARD, TRAIN = "forward", "forward+backward", "train"
 OURS = ("lsg triton", "lsg torch")
 PATTERNS = (*OURS, "original")  # whose code a type or a pattern changes
+SEQ2SEQ = (*OURS, "original", "dense", "led", "bigbird_pegasus")  # whose encoders are of BART's kind
 PATTERN = LSGPattern()
 
 
@@ -167,7 +168,7 @@ def plan(device: str, quick: bool) -> list[Section]:
         return [
             Section(names[0], (attention,), memory=(4096,), **few),
             Section(names[1], (backward,), memory=(4096,), **few),
-            Section(names[2], _over(encoder, (2048,)), memory=(2048,), **few),
+            Section(names[2], _over(encoder, (2048,)), peers=SEQ2SEQ, memory=(2048,), **few),
             Section(names[3], (one,), **few),
         ]
     every = what.lengths
@@ -178,11 +179,11 @@ def plan(device: str, quick: bool) -> list[Section]:
     sections = [
         Section(names[0], _over(attention, every), memory=ends, least=5, **times),
         Section(names[1], _over(backward, what.backward_lengths), memory=ends, least=5, **times),
-        Section(names[2], _over(encoder, what.encoder_lengths), memory=ends, **times),
+        Section(names[2], _over(encoder, what.encoder_lengths), peers=SEQ2SEQ, memory=ends, **times),
         Section(names[3], (train,), memory=middle, least=2, **times),
         Section(f"one encoder layer, {FORWARD}", (layer,), memory=middle, **times),
-        Section(f"one encoder layer, {BACKWARD}", (replace(layer, step=BACKWARD),), memory=middle, **times),
-        Section(f"encoder of BART-large's size, {FORWARD}", (large,), least=2, **times),
+        Section(f"one encoder layer, {BACKWARD}", (replace(layer, step=BACKWARD),), **times),
+        Section(f"encoder of BART-large's size, {FORWARD}", (large,), peers=SEQ2SEQ, least=2, **times),
         Section(f"sparsity types, {FORWARD}", _with(attention, types), "types", PATTERNS, **times),
         Section(f"sparsity types, {BACKWARD}", _with(backward, types), "types", PATTERNS, **times),
     ]
