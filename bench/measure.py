@@ -13,8 +13,8 @@ import torch
 
 from bench import peers
 from bench.allocator import keep_freed_memory
-from bench.cases import OURS, Case, Section, ours_of
-from bench.flops import flops, matmul_bound, num_scores
+from bench.cases import FORWARD, OWN, Case, Section, ours_of
+from bench.flops import Bound, flops, matmul_bound, num_scores
 from bench.peak import cuda_peak_bytes
 from bench.peers.base import Peer
 from bench.subject import DisagreementError, Subject, check, make_step, make_subject
@@ -32,26 +32,39 @@ class Result:
     skipped: list[dict[str, Any]] = field(default_factory=list)
     failures: list[dict[str, Any]] = field(default_factory=list)  # each what failed, and the error's traceback
     verdicts: Verdicts = field(default_factory=dict)  # of the checks
+    is_gpu_lost: bool = False  # after an error that leaves it unusable for this process
 
 
 def measure(section: Section, case: Case, names: Sequence[str], verdicts: Verdicts) -> Result:
-    """Time the peers of these names, but those whose check fails; ``verdicts``: of checks that were made before."""
+    """Time the peers of these names, but those whose check fails; ``verdicts``: of checks that were made before.
+
+    Without figures where the GPU was lost: who lost it is among the skipped, and the others are to be measured in
+    another process.
+    """
     if section.keeps_memory:
-        keep_freed_memory()
+        try:
+            keep_freed_memory()
+        except OSError as error:
+            return all_skipped(section, case, names, str(error))
     _quiet_transformers()
-    result, clock, entries = Result(verdicts=dict(verdicts)), Clock(case.device), {}
+    result, clock, bound = Result(verdicts=dict(verdicts)), Clock(case.device), matmul_bound(case)
+    able: list[str] = []
+    entries: dict[str, _Entry] = {}
     for peer in asked(section, case, names):
-        entry = peer.obstacle(case) or _disagreement(peer, case, result) or _prepare(peer, case, clock, result)
+        entry: _Entry | str | None = peer.obstacle(case)
+        if entry is None:
+            able.append(peer.name)
+            entry = _disagreement(peer, case, result) or _prepare(peer, case, clock, result)
         if isinstance(entry, str):
             result.skipped.append(named(section, case, peer.name) | {"reason": entry})
         else:
             entries[peer.name] = entry
-    if not entries:
-        return result
-    times = _interleave(section, case, entries, clock, result)
+        if result.is_gpu_lost:
+            return result
+    times = _interleave(section, case, entries, bound, clock, result)
     scores = {name: entry.scores for name, entry in entries.items()} | {BOUND: num_scores(case.pattern, case.tokens)}
     for name in times:
-        figure = named(section, case, name) | _of_times(case, times, name, scores[name])
+        figure = named(section, case, name) | _of_times(case, times, name, ours_of(able), scores[name])
         if name != BOUND:
             entry = entries[name]
             figure |= {"setup_ms": 1e3 * entry.subject.setup_seconds, "first_ms": 1e3 * entry.first_seconds}
@@ -65,6 +78,17 @@ def asked(section: Section, case: Case, names: Sequence[str]) -> list[Peer]:
     """The peers of these names that a section has figures of."""
     level = peers.of_level(case.level)
     return [peer for peer in level if peer.name in names and (not section.peers or peer.name in section.peers)]
+
+
+def all_skipped(section: Section, case: Case, names: Sequence[str], reason: str) -> Result:
+    """A case that nobody ran."""
+    skipped = [named(section, case, peer.name) | {"reason": reason} for peer in asked(section, case, names)]
+    return Result(skipped=skipped)
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
 
 
 def named(section: Section, case: Case, name: str) -> dict[str, Any]:
@@ -89,14 +113,14 @@ def _prepare(peer: Peer, case: Case, clock: Clock, result: Result) -> _Entry | s
         return _Entry(subject, step, peer.scores(case), clock.seconds(step))
     except Exception as error:
         reason = _failure(peer.name, error, result)
-    _free()
+    _free(result)
     return reason
 
 
 def _disagreement(peer: Peer, case: Case, result: Result) -> str | None:
-    """Why a peer is not measured: what it gives is not what it must. Each pattern, dtype and step is tried once."""
-    pattern = case.pattern if peer.is_lsg else None
-    key = (peer.name, case.level, case.step, case.dtype_name, case.device, pattern)
+    """Why a peer is not measured: what it gives is not what it must. Each pattern and dtype is tried once or twice."""
+    pattern, has_backward = case.pattern if peer.is_lsg else None, case.step != FORWARD
+    key = (peer.name, case.level, has_backward, case.dtype_name, case.device, pattern)
     if key not in result.verdicts:
         result.verdicts[key] = None
         try:
@@ -106,54 +130,65 @@ def _disagreement(peer: Peer, case: Case, result: Result) -> str | None:
             result.failures.append({"what": str(error), "traceback": traceback.format_exc()})
         except Exception as error:
             result.verdicts[key] = _failure(peer.name, error, result)
-        _free()
+        _free(result)
     return result.verdicts[key]
 
 
 def _interleave(
-    section: Section, case: Case, entries: dict[str, _Entry], clock: Clock, result: Result
+    section: Section, case: Case, entries: dict[str, _Entry], bound: Bound, clock: Clock, result: Result
 ) -> dict[str, list[float]]:
     """Seconds of the entries and the bound; who fails now is left out after all."""
-    bound = matmul_bound(case)
-    steps = {name: entry.step for name, entry in entries.items()} | {BOUND: bound.step}
-    while True:
+    while entries and not result.is_gpu_lost:
+        steps = {name: entry.step for name, entry in entries.items()} | {BOUND: bound.step}
         try:
             times = interleave(steps, clock, section.seconds, section.least)
-            break
+            return times | {BOUND: [bound.scale * seconds for seconds in times[BOUND]]}
         except StepError as error:
-            name, cause = error.name, error.__cause__ or error
-            reason = _failure(name, cause, result)
+            name, reason = error.name, _failure(error.name, error.__cause__ or error, result)
         result.skipped.append(named(section, case, name) | {"reason": reason})
-        del steps[name]
-        entries.pop(name, None)
-        _free()
-    return times | {BOUND: [bound.scale * seconds for seconds in times[BOUND]]}
+        del steps, entries[name]  # and with them what the error did not let go of
+        _free(result)
+    return {}
 
 
 def _failure(name: str, error: BaseException, result: Result) -> str:
     """The reason that an error is not to measure a peer, and a failure of the run if the peer is ours."""
-    reason = f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
-    if name in OURS and not isinstance(error, torch.OutOfMemoryError):
+    reason = reason_of(error)
+    if name in OWN and not isinstance(error, torch.OutOfMemoryError):
         text = "".join(traceback.format_exception(error))
         result.failures.append({"what": f"{name}: {reason}", "traceback": text})
+    result.is_gpu_lost = _is_gpu_lost()
     return reason
 
 
-def _free() -> None:
+def _is_gpu_lost() -> bool:
+    """Whether CUDA repeats an error of before: an access out of bounds, and whatever is asked next fails by it."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def _free(result: Result) -> None:
     """Let go of what an error or a check held."""
     gc.collect()
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not result.is_gpu_lost:
         torch.cuda.empty_cache()
 
 
-def _of_times(case: Case, times: dict[str, list[float]], name: str, scores: int) -> dict[str, Any]:
-    """What comes of seconds: ``ratio`` is this time over that of ours, ``over_matmul`` over the bound's."""
+def _of_times(case: Case, times: dict[str, list[float]], name: str, ours: str | None, scores: int) -> dict[str, Any]:
+    """What comes of seconds: ``ratio`` is this time over that of ours, ``over_matmul`` over the bound's.
+
+    Where ours failed there is no ratio: one to another of ours would be read as one to it.
+    """
     seconds = spread(times[name])
-    ours = ours_of(times)
     return {
         "repetitions": len(times[name]),
         "ms": [1e3 * x for x in seconds],
-        "ratio": None if ours is None else list(ratio(times[name], times[ours])),
+        "ratio": list(ratio(times[name], times[ours])) if ours in times else None,
         "over_matmul": list(ratio(times[name], times[BOUND])),
         "us_per_token": 1e6 * seconds.median / (case.batch * case.tokens),
         "tflops": flops(case, scores) / seconds.median / 1e12,

@@ -102,7 +102,7 @@ def _lengths(lines: dict[str, list[tuple[int, float]]]) -> list[int]:
 
 
 def _ratios(run: Run, note: str) -> Any:
-    """Bars of the time over that of ours, for each section that all peers are in, at the length that most have."""
+    """Bars of the time over that of ours, for each section that compares peers, at the length that most have."""
     from matplotlib.figure import Figure as Canvas
 
     groups: dict[str, list[Figure]] = {}

@@ -49,8 +49,14 @@ class Run(NamedTuple):
     skipped: list[dict[str, Any]]  # each the same and a reason
 
     def common_length(self) -> int:
-        """The length that most figures of peers have; of several the longest."""
+        """The length that most figures of peers have; of several the longest.
+
+        Raises:
+            ValueError: it has no figures of a section that compares peers.
+        """
         lengths: list[int] = [figure["case"].tokens for figure in self.figures if figure["compares"] == "peers"]
+        if not lengths:
+            raise ValueError("expected a run with figures of a section that compares peers, got none")
         return max(set(lengths), key=lambda length: (lengths.count(length), length))
 
 

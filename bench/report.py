@@ -115,10 +115,10 @@ def _ours(column: dict[str, Figure]) -> Figure | None:
 
 
 def _cell(figure: Figure | None, ours: Figure | None) -> str:
-    if figure is None or ours is None:
+    if figure is None:
         return ""
-    peak, own = figure.get("peak_bytes"), ours.get("peak_bytes")
-    if figure is ours:
+    peak, own = figure.get("peak_bytes"), (ours or {}).get("peak_bytes")
+    if figure is ours or figure["ratio"] is None:
         return _time(figure["ms"][0]) + (f", {peak / 2**20:.0f} MiB" if peak else "")
     ratio, low, high = figure["ratio"]
     return f"{ratio:.2f} ({low:.2f}-{high:.2f})" + (f", memory {peak / own:.1f}" if peak and own else "")
@@ -132,7 +132,7 @@ def _lengths(run: Run) -> list[str]:
     """Dense attention's time over ours at each length, in each section that has several."""
     sections: dict[str, dict[int, Figure]] = {}
     for figure in run.figures:
-        if figure["peer"] == "dense" and figure["compares"] == "peers":
+        if figure["peer"] == "dense" and figure["compares"] == "peers" and figure["ratio"]:
             sections.setdefault(figure["section"], {})[figure["case"].tokens] = figure
     sections = {title: row for title, row in sections.items() if len(row) > 1}
     lengths = sorted({length for row in sections.values() for length in row})
@@ -158,7 +158,7 @@ def _markdown(columns: Iterable[str], rows: dict[str, list[str]]) -> list[str]:
 
 
 def _patterns(run: Run) -> list[str]:
-    """Rows of sparsity types, patterns and dtypes: our time, the original's over it, and ours over the bound."""
+    """Rows of sparsity types, patterns and dtypes: our time, and that of others and of the bound over it."""
     lines: list[str] = []
     for compares, head in _HEADS.items():
         rows: dict[str, list[str]] = {}
@@ -188,7 +188,7 @@ def _by_case(run: Run, title: str) -> Iterable[dict[str, Figure]]:
 
 
 def _ratio(figures: dict[str, Figure], name: str) -> str:
-    return f"{figures[name]['ratio'][0]:.2f}" if name in figures else ""
+    return f"{figures[name]['ratio'][0]:.2f}" if name in figures and figures[name]["ratio"] else ""
 
 
 def _label(case: Case, compares: str) -> str:

@@ -10,7 +10,7 @@ import argparse
 import time
 import traceback
 from collections.abc import Sequence
-from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import fresh, peers
 from bench.cases import Case, Section, plan, shrink
-from bench.measure import BOUND, Result, asked, measure, named
+from bench.measure import BOUND, Result, Verdicts, all_skipped, measure, reason_of
 from bench.peak import peak_bytes
 from bench.record import Writer
 from bench.table import print_section, print_skipped
@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure a plan, print its tables and write its file.
 
     Returns:
-        0, or 1 if an implementation of ours failed or anyone's result was wrong, or 2 if nothing could be measured.
+        0, or 1 if an implementation of ours failed, anyone's result was wrong or a case could not be measured at all,
+        or 2 if there is nothing to measure or nothing to do it on.
     """
     options = _parse(arguments)
     console = Console()
@@ -41,7 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device == "cuda" and not torch.cuda.is_available():
         console.print("bench.run: --device cuda: torch finds no GPU; --dry-run tries its cases on the CPU")
         return 2
-    sections = [section for section in plan(options.device, options.quick) if options.only in section.title]
+    planned = plan(options.device, options.quick)
+    sections = [section for section in planned if options.only in section.title]
+    if not sections:
+        titles = ", ".join(section.title for section in planned)
+        console.print(f"bench.run: --only: expected a part of one of {titles}; got {options.only!r}", markup=False)
+        return 2
     if options.dry_run:
         sections = shrink(sections)
     try:
@@ -83,6 +89,7 @@ def _measure_all(
     console: Console, writer: Writer, sections: Sequence[Section], names: Sequence[str], minutes: float | None
 ) -> Result:
     total, end = Result(), float("inf") if minutes is None else time.monotonic() + 60 * minutes
+    worker = fresh.Worker()
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
     # Redrawn here and there only: a thread that draws would take time from what is measured.
     with Progress(*columns, TimeElapsedColumn(), console=console, auto_refresh=False) as progress:
@@ -92,9 +99,9 @@ def _measure_all(
             for case in section.cases:
                 progress.update(task, description=f"{section.title}, {case.tokens} tokens", refresh=True)
                 if time.monotonic() > end:
-                    result = _skip_all(section, case, names, f"the {minutes:g} minutes were over")
+                    result = all_skipped(section, case, names, f"the {minutes:g} minutes were over")
                 else:
-                    result = _measure(section, case, names, total)
+                    result = _measure(section, case, names, total.verdicts, worker)
                 for kind in ("figures", "skipped", "failures"):
                     for record in getattr(result, kind):
                         writer.write(kind, record)
@@ -105,27 +112,44 @@ def _measure_all(
                 total.verdicts |= result.verdicts
                 progress.update(task, advance=1, refresh=True)
             print_section(console, section.title, figures)
+    worker.stop()
     return total
 
 
-def _measure(section: Section, case: Case, names: Sequence[str], total: Result) -> Result:
-    """Times and peaks of a case. On a GPU all are measured in this process, as one's start takes seconds there."""
-    arguments = section, case, names, total.verdicts
-    if case.device == "cuda":
-        return measure(*arguments)
+def _measure(section: Section, case: Case, names: Sequence[str], verdicts: Verdicts, worker: fresh.Worker) -> Result:
+    """Times and peaks of a case: on a CPU in processes of their own, on a GPU in the one that there is."""
     try:
-        result = fresh.call(measure, *arguments)
-        for figure in result.figures:
-            if case.tokens in section.memory and figure["peer"] != BOUND:
+        if case.device == "cuda":
+            return _measure_on_gpu(section, case, names, verdicts, worker)
+        result = fresh.call(measure, section, case, names, verdicts)
+    except Exception as error:  # the process was killed, as where memory runs out, or the bound has none
+        result = all_skipped(section, case, names, reason_of(error))
+        _add_failure(result, section, case)
+        return result
+    for figure in result.figures:
+        if case.tokens in section.memory and figure["peer"] != BOUND:
+            try:
                 figure["peak_bytes"] = peak_bytes(figure["peer"], case)
-    except (BrokenProcessPool, OSError) as error:  # killed, as where memory runs out; or without glibc
-        result = _skip_all(section, case, names, f"{type(error).__name__}: {error}")
-        result.failures.append({"what": f"{section.title}, {case.tokens} tokens", "traceback": traceback.format_exc()})
+            except Exception:
+                _add_failure(result, section, case)
     return result
 
 
-def _skip_all(section: Section, case: Case, names: Sequence[str], reason: str) -> Result:
-    return Result(skipped=[named(section, case, x.name) | {"reason": reason} for x in asked(section, case, names)])
+def _measure_on_gpu(
+    section: Section, case: Case, names: Sequence[str], verdicts: Verdicts, worker: fresh.Worker
+) -> Result:
+    """Times and peaks of a case; who leaves the GPU unusable is left out, and the others begin again."""
+    result = worker.call(measure, section, case, names, verdicts)
+    if not result.is_gpu_lost:
+        return result
+    worker.stop()
+    left = [name for name in names if name not in {record["peer"] for record in result.skipped}]
+    again = _measure_on_gpu(section, case, left, result.verdicts, worker)
+    return replace(again, skipped=result.skipped + again.skipped, failures=result.failures + again.failures)
+
+
+def _add_failure(result: Result, section: Section, case: Case) -> None:
+    result.failures.append({"what": f"{section.title}, {case.tokens} tokens", "traceback": traceback.format_exc()})
 
 
 if __name__ == "__main__":

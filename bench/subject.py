@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -80,25 +80,23 @@ def make_step(subject: Subject, step: str) -> Callable[[], None]:
 def check(peer: Peer, case: Case) -> None:
     """Compare a peer's attention with what it must give, on a few blocks of a case's pattern, dtype and device.
 
-    Of an encoder that is the attention in its first layer, between the linear layers around it. Of an attention whose
-    backward is measured, the gradients are compared too.
+    Of an encoder that is the attention in its first layer, between the linear layers around it. Where a backward is
+    measured gradients are compared too: of queries, keys and values, or of the hidden states that they are made of.
 
     Raises:
         DisagreementError: they differ by more than the dtype's tolerance.
     """
     tokens = max(CHECK_TOKENS, 6 * case.pattern.block_size)
     small = replace(case, tokens=tokens, batch=1, size_name="tiny", dtype_name=peer.checked_dtype(case))
-    if isinstance(peer, AttentionPeer):
-        qkv, found = _run_attention(peer, small)
-    else:
-        with torch.no_grad():
-            qkv, out = _first_layer(peer, small)
-        found = {"out": out}
-    exact = [x.detach().cpu().double().requires_grad_() for x in qkv]
-    expected = {"out": peer.expected(small, *exact)}
-    if len(found) > 1:
+    with torch.set_grad_enabled(case.step != FORWARD):
+        run = _run_attention(peer, small) if isinstance(peer, AttentionPeer) else _run_first_layer(peer, small)
+    exact = [x.detach().cpu().double().requires_grad_() for x in run.qkv]
+    found, expected = {"out": run.out.detach()}, {"out": peer.expected(small, *exact)}
+    if case.step != FORWARD:
+        gradients = torch.autograd.grad(run.out, list(run.inputs.values()), _dout_like(run.out))
+        found |= dict(zip(run.inputs, gradients, strict=True))
         gradients = torch.autograd.grad(expected["out"], exact, _dout_like(expected["out"]))
-        expected |= dict(zip(("dquery", "dkey", "dvalue"), gradients, strict=True))
+        expected |= dict(zip(run.inputs, run.to_inputs(gradients), strict=True))
     for name, x in found.items():
         try:
             assert_close(
@@ -108,18 +106,22 @@ def check(peer: Peer, case: Case) -> None:
             raise DisagreementError(str(error)) from error
 
 
-def _run_attention(peer: AttentionPeer, case: Case) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Inputs, and the output, with the gradients where the case has a backward."""
+class _Run(NamedTuple):
+    """What a peer gave on a short document, and of what. Its gradients are those of ``inputs``, by name."""
+
+    out: Tensor  # (1, heads, length, head_dim), as each of qkv
+    qkv: tuple[Tensor, ...]
+    inputs: dict[str, Tensor]
+    to_inputs: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]  # from gradients of qkv to those of inputs
+
+
+def _run_attention(peer: AttentionPeer, case: Case) -> _Run:
     inputs = make_inputs(1, case.size.heads, case.length, case.size.head_dim, case.dtype)
-    q, k, v = (x.to(case.device).requires_grad_(case.step != FORWARD) for x in inputs[:3])
+    qkv = tuple(x.to(case.device).requires_grad_(case.step != FORWARD) for x in inputs[:3])
     attend = peer.prepare(case)
     torch.manual_seed(CHECK_SEED)
-    out = attend(q, k, v)
-    found = {"out": out.detach()}
-    if case.step != FORWARD:
-        gradients = torch.autograd.grad(out, (q, k, v), _dout_like(out))
-        found |= dict(zip(("dquery", "dkey", "dvalue"), gradients, strict=True))
-    return (q, k, v), found
+    names = ("dquery", "dkey", "dvalue")
+    return _Run(attend(*qkv), qkv, dict(zip(names, qkv, strict=True)), lambda gradients: gradients)
 
 
 def _dout_like(out: Tensor) -> Tensor:
@@ -128,8 +130,8 @@ def _dout_like(out: Tensor) -> Tensor:
     return dout.to(out.device, out.dtype)
 
 
-def _first_layer(peer: EncoderPeer, case: Case) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Queries, keys, values and the output (1, heads, length, head_dim) of an encoder's first layer."""
+def _run_first_layer(peer: EncoderPeer, case: Case) -> _Run:
+    """The attention of an encoder's first layer, whose hidden states stand for queries, keys and values."""
     model, inputs = _model(peer, case)
     parts = peer.parts(model.eval())
     seen: dict[int, Tensor] = {}
@@ -137,15 +139,20 @@ def _first_layer(peer: EncoderPeer, case: Case) -> tuple[tuple[Tensor, ...], Ten
         part.register_forward_pre_hook(lambda module, inputs: seen.update({id(module): inputs[0]}))
     torch.manual_seed(CHECK_SEED)
     model(**inputs)
-    context, heads = seen[id(parts.output)], case.size.heads
-    hidden = seen[id(parts.query)].reshape(context.shape)  # Longformer's is (length, batch, width)
+    hidden, context = seen[id(parts.query)], seen[id(parts.output)]
 
     def split(x: Tensor) -> Tensor:
-        out: Tensor = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+        out: Tensor = x.unflatten(-1, (case.size.heads, -1)).transpose(1, 2)
         return out
 
-    qkv = tuple(split(part(hidden)) for part in parts[:3])
-    return qkv, split(context)
+    def to_hidden(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        weights = (part.weight.detach().cpu().double() for part in parts[:3])
+        each = [x.transpose(1, 2).flatten(2) @ weight for x, weight in zip(gradients, weights, strict=True)]
+        return (sum(each[1:], each[0]).reshape(hidden.shape),)
+
+    # Longformer's hidden states are (length, 1, width), the context is (1, length, width)
+    qkv = tuple(split(part(hidden.reshape(context.shape))) for part in parts[:3])
+    return _Run(split(context), qkv, {"dhidden": hidden}, to_hidden)
 
 
 def _attention_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:

@@ -35,7 +35,8 @@ def print_section(console: Console, title: str, figures: Sequence[dict[str, Any]
     for figure in figures:
         if (setup := figure.get("setup_ms", 0)) > _TOLD_SETUP:
             where = case_label(figure["case"], cases)
-            console.print(f"{figure['peer']}, {where}: {digits(setup)} ms apart for masks, once for a shape")
+            compiled = " with their compilation" * (figure["case"].device == "cuda")
+            console.print(f"{figure['peer']}, {where}: {digits(setup)} ms apart for masks{compiled}, once for a shape")
 
 
 def _cells(figure: dict[str, Any]) -> list[str]:

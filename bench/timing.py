@@ -56,7 +56,7 @@ class Clock:
             step()
             return time.perf_counter() - begin
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flushed.zero_()  # also keeps the GPU busy while the step is being launched
+        self._flushed.zero_()
         first.record()
         step()
         last.record()

@@ -18,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
+from bench.measure import reason_of
 from bench.meta import meta_call
 from bench.timing import Clock, Spread, Step, interleave, ratio, spread
 from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     trial = Trial(pattern, shape, dtype, dropout_p, options.backward)
     schedules = neighbours(trial.row)
-    measured = [trial.measure(schedule, options.seconds) for schedule in track(schedules, "tune", console=console)]
+    tried = track(schedules, "tune", auto_refresh=False, console=console)  # no thread draws while another is timed
+    measured = [trial.measure(schedule, options.seconds) for schedule in tried]
     _print_measured(console, trial, measured)
     return 0
 
@@ -122,7 +124,7 @@ class Trial:
             for x, expected in zip(results, self._expected, strict=True):
                 assert_close("result", x, expected)
         except Exception as error:  # too much shared memory, a compiler's limit, a wrong result
-            return Measured(schedule, obstacle=f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}")
+            return Measured(schedule, obstacle=reason_of(error))
         times = interleave({"row": self._row_step, "this": step}, self._clock, seconds, least=5)
         return Measured(schedule, spread(times["this"]), ratio(times["this"], times["row"]))
 

@@ -47,7 +47,7 @@ def test_other_attentions_are_what_they_say(name, dtype_name):
 @pytest.mark.parametrize("peer", [peer for peer in peers.ENCODERS if peer.name != "lsg triton"], ids=lambda x: x.name)
 @pytest.mark.parametrize("dtype_name", ["float32", "bfloat16"])
 def test_encoders_attentions_are_what_they_say(peer, dtype_name):
-    case = replace(ENCODER, dtype_name=dtype_name)
+    case = replace(ENCODER, dtype_name=dtype_name, step=BACKWARD)
     check(peer, case)
     assert make_subject(peer, case).forward().dtype == case.dtype
 
@@ -65,6 +65,22 @@ def test_check_finds_a_bigbird_that_became_full_attention(name, monkeypatch):
     monkeypatch.setattr(type(peer), "build", full)
     with pytest.raises(DisagreementError, match="relative RMS error"):
         check(peer, ENCODER)
+
+
+def test_check_finds_an_encoder_with_wrong_gradients(monkeypatch):
+    peer = peer_of("encoder", "led")
+    build = type(peer).build
+
+    def wrong(self, case):
+        model = build(self, case)
+        key = self.parts(model).key
+        key.register_forward_hook(lambda module, inputs, out: 2 * out - out.detach())  # the same, its gradient doubled
+        return model
+
+    monkeypatch.setattr(type(peer), "build", wrong)
+    check(peer, ENCODER)
+    with pytest.raises(DisagreementError, match="dhidden: relative RMS error"):
+        check(peer, replace(ENCODER, step=TRAIN))
 
 
 def with_wrong_gradients(query, key, value):

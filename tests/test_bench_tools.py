@@ -1,14 +1,19 @@
 """The commands of the bench: a whole run, its pictures and report, scaling, recall and tuning."""
 
 import json
+import os
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
-from bench import measure, peers, plot, recall, report, run, scaling, tune
-from bench.cases import plan, shrink
+from bench import fresh, measure, peers, plot, recall, report, run, scaling, tune
+from bench.cases import Case, Section, plan, shrink
+from bench.measure import Result
 from bench.peers.base import masked_attention
 from bench.record import read
 from lsg_attn import SPARSITY_TYPES, LSGPattern, cli
@@ -60,6 +65,83 @@ def test_bad_places_and_missing_gpus_are_said(tmp_path, capsys):
         assert run.main(["--device", "cuda", "--out", str(tmp_path / "new.jsonl")]) == 2
         assert tune.main([]) == 2
         assert capsys.readouterr().out.count("torch finds no GPU") == 2
+
+
+def test_part_of_no_title_is_said(tmp_path, capsys):
+    assert run.main(["--only", "atention", "--out", str(tmp_path / "new.jsonl")]) == 2
+    assert "got 'atention'" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+SECTION = Section("s", (Case("attention", "tiny", 256),), memory=(256,), seconds=0, least=1)
+
+
+def measured(monkeypatch, *results, peak=lambda name, case: 1):
+    """What run makes of what it is given by processes: results, or errors that are raised."""
+    told = iter(results)
+    asked_for = []
+
+    def call(function, section, case, names, verdicts):
+        asked_for.append(list(names))
+        result = next(told)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    worker = SimpleNamespace(call=call, stop=lambda: asked_for.append("stop"))
+    monkeypatch.setattr(run.fresh, "call", call)
+    monkeypatch.setattr(run, "peak_bytes", peak)
+
+    def measure_on(device):
+        (case,) = SECTION.cases
+        names = ["lsg torch", "dense", "flex"]
+        return run._measure(SECTION, replace(case, device=device), names, {}, worker), asked_for
+
+    return measure_on
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_process_that_dies_skips_its_case(device, monkeypatch):
+    result, _ = measured(monkeypatch, BrokenProcessPool("killed\nby whom"))(device)
+    assert {record["peer"]: record["reason"] for record in result.skipped} == dict.fromkeys(
+        ("lsg torch", "dense", "flex"), "BrokenProcessPool: killed"
+    )
+    assert [failure["what"] for failure in result.failures] == ["s, 256 tokens"]
+
+
+def test_peak_that_can_not_be_measured_leaves_the_times(monkeypatch):
+    def peak(name, case):
+        if name == "dense":
+            raise BrokenProcessPool("killed")
+        return 5
+
+    figures = [{"peer": "dense"}, {"peer": "flex"}, {"peer": "matmul"}]
+    result, _ = measured(monkeypatch, Result(figures=figures), peak=peak)("cpu")
+    assert result.figures == [{"peer": "dense"}, {"peer": "flex", "peak_bytes": 5}, {"peer": "matmul"}]
+    assert [failure["what"] for failure in result.failures] == ["s, 256 tokens"]
+
+
+def test_who_loses_the_gpu_is_left_out_and_the_others_begin_again(monkeypatch):
+    lost = Result(skipped=[{"peer": "dense", "reason": "r"}], failures=[{"what": "w"}], is_gpu_lost=True)
+    found = Result(figures=[{"peer": "flex"}], verdicts={("flex",): None})
+    result, asked_for = measured(monkeypatch, lost, found)("cuda")
+    assert asked_for == [["lsg torch", "dense", "flex"], "stop", ["lsg torch", "flex"]]
+    assert result == replace(found, skipped=lost.skipped, failures=lost.failures)
+
+
+def test_worker_keeps_its_process_until_it_is_stopped_or_killed():
+    worker = fresh.Worker()
+    try:
+        first = worker.call(os.getpid)
+        assert worker.call(os.getpid) == first != os.getpid()
+        with pytest.raises(BrokenProcessPool):
+            worker.call(os._exit, 1)
+        second = worker.call(os.getpid)
+        assert second != first
+        worker.stop()
+        assert worker.call(os.getpid) != second
+    finally:
+        worker.stop()
 
 
 def test_time_that_is_over_skips_all(tmp_path, capsys):
@@ -139,8 +221,9 @@ def test_committed_runs_are_whole():
         records = [json.loads(line) for line in path.read_text().splitlines()]
         assert not any(x["kind"] == "failures" and x["what"].startswith("lsg") for x in records)
         arguments = found.run["arguments"]
-        titles = {x.title for x in plan(arguments["device"], arguments["quick"]) if arguments["only"] in x.title}
-        assert {figure["section"] for figure in found.figures} == titles
+        sections = [x for x in plan(arguments["device"], arguments["quick"]) if arguments["only"] in x.title]
+        expected = {(section.title, case) for section in sections for case in section.cases}
+        assert {(figure["section"], figure["case"]) for figure in found.figures} == expected
 
 
 def test_scaling_of_a_file(capsys):

@@ -57,10 +57,10 @@ class AttentionPeer(Adapter):
 class Parts(NamedTuple):
     """The linear layers around the attention of an encoder's first layer."""
 
-    query: nn.Module
-    key: nn.Module
-    value: nn.Module
-    output: nn.Module
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    output: nn.Linear
 
 
 class EncoderPeer(Adapter):
@@ -129,7 +129,7 @@ def pairs_obstacle(case: Case, pairs: int, copies: int, limit: float, what: str)
     need = pairs * copies * case.batch * case.size.heads * case.dtype.itemsize
     if need <= limit:
         return None
-    return f"{what} would take {need / 2**30:.0f} GiB, more than the {limit / 2**30:.0f} that the bench gives it"
+    return f"{what} would take {need / 2**30:.1f} GiB, more than the {limit / 2**30:.1f} that the bench gives it"
 
 
 def total_memory(device: str) -> int:

@@ -42,10 +42,10 @@ class _Original(LSGPeer):
         return "float32" if case.dtype.itemsize < 4 else case.dtype_name
 
     def expected(self, case: Case, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The reference's output; of ``lsh`` with the directions that the original drew in float32."""
+        """The reference's output; of ``lsh`` with the directions that the original drew in float32, on its device."""
         torch.manual_seed(CHECK_SEED)
-        shape = query.shape[1], query.shape[3]
-        drawn = [torch.randn(1, shape[0], 1, shape[1], m // 2)[0, :, 0] for m in case.pattern.lsh_buckets]
+        shape = 1, query.shape[1], 1, query.shape[3]
+        drawn = [torch.randn(*shape, m // 2, device=case.device)[0, :, 0].cpu() for m in case.pattern.lsh_buckets]
         return lsg_attention(query, key, value, case.pattern, implementation="reference", lsh_projections=drawn or None)
 
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import tune
+from bench import peers, tune
 from bench.cases import BACKWARD, FORWARD, SIZES, Case, Section, Size
 from bench.measure import measure
-from lsg_attn import LSGPattern
+from bench.subject import check
+from lsg_attn import SPARSITY_TYPES, LSGPattern
 from lsg_attn.kernels.schedules import Schedule, Tuning
 
 IS_REAL = bool(torch.version.cuda or torch.version.hip)
@@ -34,9 +35,8 @@ def gpu(monkeypatch):
     """A GPU's events and statistics, where there is none."""
     if not IS_REAL:
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        allocated = iter(range(100, 100000, 100))
-        for name in ("memory_allocated", "max_memory_allocated"):
-            monkeypatch.setattr(torch.cuda, name, lambda: next(allocated))
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5096)
         for name in ("empty_cache", "reset_peak_memory_stats"):
             monkeypatch.setattr(torch.cuda, name, lambda: None)
 
@@ -52,7 +52,18 @@ def test_kernels_are_measured(step, monkeypatch):
     assert [figure["peer"] for figure in result.figures] == ["lsg triton", "dense", "matmul"]
     assert result.figures[0]["ratio"] == [1, 1, 1]
     assert all(figure["ms"][0] > 0 for figure in result.figures)
-    assert all(figure["peak_bytes"] > 0 for figure in result.figures[:2])
+    peaks = [figure["peak_bytes"] for figure in result.figures[:2]]
+    assert all(peak > 0 for peak in peaks) if IS_REAL else peaks == [4096] * 2
+
+
+@pytest.mark.skipif(not IS_REAL, reason="eager peers on a GPU, and flex's backward, need one")
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+@pytest.mark.parametrize("peer", peers.ATTENTION, ids=lambda peer: peer.name)
+def test_attentions_agree_on_a_gpu(peer, sparsity_type):
+    case = Case("attention", "large", 4096, BACKWARD, pattern=LSGPattern(sparsity_type=sparsity_type), device="cuda")
+    if obstacle := peer.obstacle(case):
+        pytest.skip(obstacle)
+    check(peer, case)  # raises
 
 
 @pytest.mark.parametrize("is_backward", [False, True])
