@@ -118,7 +118,7 @@ def _prepare(peer: Peer, case: Case, clock: Clock, result: Result) -> _Entry | s
 
 
 def _disagreement(peer: Peer, case: Case, result: Result) -> str | None:
-    """Why a peer is not measured: what it gives is not what it must. Each pattern and dtype is tried once or twice."""
+    """Why a peer is not measured: what it gives is not what it must. Verdicts are kept, those with a backward apart."""
     pattern, has_backward = case.pattern if peer.is_lsg else None, case.step != FORWARD
     key = (peer.name, case.level, has_backward, case.dtype_name, case.device, pattern)
     if key not in result.verdicts:
@@ -144,6 +144,8 @@ def _interleave(
             times = interleave(steps, clock, section.seconds, section.least)
             return times | {BOUND: [bound.scale * seconds for seconds in times[BOUND]]}
         except StepError as error:
+            if error.name == BOUND:
+                raise
             name, reason = error.name, _failure(error.name, error.__cause__ or error, result)
         result.skipped.append(named(section, case, name) | {"reason": reason})
         del steps, entries[name]  # and with them what the error did not let go of

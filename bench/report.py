@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cases import OURS, Case, ours_of
+from bench.cases import OURS, OWN, Case, ours_of
 from bench.measure import BOUND
 from bench.record import Run, read
 from bench.table import pattern_label
@@ -68,6 +68,7 @@ def report(path: Path) -> list[str]:
     if run.run["arguments"]["dry_run"]:
         raise ValueError(f"{path}: figures of a dry run say nothing")
     lines = [*_heading(path, run), *_peers(run, run.common_length()), *_lengths(run), *_patterns(run), *_kept(run)]
+    lines += _faster(run)
     pictures = [f"{path.stem}-{name}.png" for name in ("ratios", "time", "memory")]
     for name in pictures:
         if (path.parent / name).exists():
@@ -213,6 +214,17 @@ def _kept(run: Run) -> list[str]:
         *lines,
         "",
     ]
+
+
+def _faster(run: Run) -> list[str]:
+    """Who takes less time than ours, and where."""
+    lines = [
+        f"- {_WHO[figure['peer']]}: {figure['section']}, {figure['case'].tokens:,} tokens, {figure['case'].dtype_name}: "
+        f"{figure['ratio'][0]:.2f}"
+        for figure in run.figures
+        if figure["peer"] not in (BOUND, *OWN) and figure["ratio"] and figure["ratio"][0] < 1
+    ]
+    return ["Who is faster than ours, and where:", "", *lines, ""] if lines else []
 
 
 def _skipped(run: Run) -> list[str]:
