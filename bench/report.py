@@ -218,12 +218,12 @@ def _kept(run: Run) -> list[str]:
 
 def _faster(run: Run) -> list[str]:
     """Who takes less time than ours, and where."""
-    lines = [
-        f"- {_WHO[figure['peer']]}: {figure['section']}, {figure['case'].tokens:,} tokens, {figure['case'].dtype_name}: "
-        f"{figure['ratio'][0]:.2f}"
-        for figure in run.figures
-        if figure["peer"] not in (BOUND, *OWN) and figure["ratio"] and figure["ratio"][0] < 1
-    ]
+    lines = []
+    for figure in run.figures:
+        if figure["peer"] not in (BOUND, *OWN) and figure["ratio"] and figure["ratio"][0] < 1:
+            case: Case = figure["case"]
+            where = f"{figure['section']}, {case.tokens:,} tokens, {case.dtype_name}"
+            lines.append(f"- {_WHO[figure['peer']]}: {where}: {figure['ratio'][0]:.2f}")
     return ["Who is faster than ours, and where:", "", *lines, ""] if lines else []
 
 

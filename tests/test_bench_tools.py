@@ -214,6 +214,19 @@ def test_report_is_made_of_the_figures(key, tmp_path):
     assert report.report(changed) != report.report(path)
 
 
+def test_report_names_who_is_faster(tmp_path):
+    path = RESULTS / "cpu.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        if record["kind"] == "figures" and record["peer"] not in ("lsg torch", "matmul"):
+            record["ratio"] = [0.5] * 3 if record["peer"] == "led" and record["section"] == "train step" else [2.0] * 3
+    changed = tmp_path / path.name
+    changed.write_text("".join(json.dumps(record) + "\n" for record in records))
+    lines = report.report(changed)
+    begin = lines.index("Who is faster than ours, and where:")
+    assert lines[begin + 2 : begin + 4] == ["- LED: train step, 4,096 tokens, float32: 0.50", ""]
+
+
 def test_committed_runs_are_whole():
     for path in RESULTS.glob("*.jsonl"):
         found = read(path)
