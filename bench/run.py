@@ -124,14 +124,14 @@ def _measure(section: Section, case: Case, names: Sequence[str], verdicts: Verdi
         result = fresh.call(measure, section, case, names, verdicts)
     except Exception as error:  # the process was killed, as where memory runs out, or the bound has none
         result = all_skipped(section, case, names, reason_of(error))
-        _add_failure(result, section, case)
+        _add_failure(result, f"{section.title}, {case.tokens} tokens")
         return result
     for figure in result.figures:
         if case.tokens in section.memory and figure["peer"] != BOUND:
             try:
                 figure["peak_bytes"] = peak_bytes(figure["peer"], case)
             except Exception:
-                _add_failure(result, section, case)
+                _add_failure(result, f"{section.title}, {case.tokens} tokens: the peak memory of {figure['peer']}")
     return result
 
 
@@ -148,8 +148,8 @@ def _measure_on_gpu(
     return replace(again, skipped=result.skipped + again.skipped, failures=result.failures + again.failures)
 
 
-def _add_failure(result: Result, section: Section, case: Case) -> None:
-    result.failures.append({"what": f"{section.title}, {case.tokens} tokens", "traceback": traceback.format_exc()})
+def _add_failure(result: Result, what: str) -> None:
+    result.failures.append({"what": what, "traceback": traceback.format_exc()})
 
 
 if __name__ == "__main__":

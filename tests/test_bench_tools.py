@@ -118,7 +118,7 @@ def test_peak_that_can_not_be_measured_leaves_the_times(monkeypatch):
     figures = [{"peer": "dense"}, {"peer": "flex"}, {"peer": "matmul"}]
     result, _ = measured(monkeypatch, Result(figures=figures), peak=peak)("cpu")
     assert result.figures == [{"peer": "dense"}, {"peer": "flex", "peak_bytes": 5}, {"peer": "matmul"}]
-    assert [failure["what"] for failure in result.failures] == ["s, 256 tokens"]
+    assert [failure["what"] for failure in result.failures] == ["s, 256 tokens: the peak memory of dense"]
 
 
 def test_who_loses_the_gpu_is_left_out_and_the_others_begin_again(monkeypatch):
