@@ -20,9 +20,9 @@ from torch import Tensor
 
 from bench.timing import Clock, Step, interleave, ratio, spread
 from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
-from lsg_attn.compression import Compression, Tokens, compress
+from lsg_attn.compression import Tokens, compress
 from lsg_attn.demo import progress_bar, read_document
-from lsg_attn.reference import visible_slots, visible_tokens
+from lsg_attn.reference import visible_in_slots, visible_slots, visible_tokens
 from lsg_attn.testing import relative_rms
 
 _TINY = Path(__file__).parent.parent / "tests/goldens/bart/base"
@@ -104,24 +104,24 @@ def recall(pattern: LSGPattern, qkv: QKV) -> Recall:
     keep = torch.ones(1, length - first, dtype=torch.bool)
     compression = compress(pattern, Tokens(query[:, :, first:], key[:, :, first:], keep, scale))
     tokens, slots = visible_tokens(pattern, length)[first:], visible_slots(pattern, length)[first:]
+    is_choice = compression is not None and compression.token is not None
     seen = covered = 0.0
     for head in range(heads):  # one at a time: the matrix is as long as the text on both sides
         probs = (query[0, head, first:] @ key[0, head].mT * scale).softmax(-1)
-        compressed = _compressed_tokens(compression, slots, head, first, length)
-        by_choice = compression is not None and compression.token is not None
-        seen += (probs * (tokens | compressed if by_choice else tokens)).sum(-1).mean().item()
-        covered += (probs * (tokens | compressed)).sum(-1).mean().item()
+        raw = everything = _probability(probs, tokens)
+        if compression is not None:
+            compressed = visible_in_slots(slots, compression, head)
+            everything = _probability(probs, torch.cat([tokens[:, :first], tokens[:, first:] | compressed], dim=1))
+        seen += everything if is_choice else raw
+        covered += everything
     dense = torch.nn.functional.scaled_dot_product_attention(query, key, value)
     out = lsg_attention(query, key, value, pattern)
     return Recall(seen / heads, covered / heads, relative_rms(out[:, :, first:], dense[:, :, first:]))
 
 
-def _compressed_tokens(compression: Compression | None, slots: Tensor, head: int, first: int, length: int) -> Tensor:
-    """(T, G+T) bool: which tokens (columns) have a weight in a compressed key that a token's query (row) sees."""
-    found = torch.zeros(length - first, length, dtype=torch.bool)
-    if compression is not None:
-        found[:, first:] = slots[:, compression.slot[0, head]] & (compression.weight[0, head] > 0)
-    return found
+def _probability(probs: Tensor, where: Tensor) -> float:
+    """The mean over queries of what (queries, keys) probabilities come to where the mask is true."""
+    return (probs * where).sum(-1).mean().item()
 
 
 def dense_layers(encoder: Any, ids: Tensor) -> Iterator[QKV]:

@@ -50,12 +50,12 @@ def make_subject(peer: Peer, case: Case) -> Subject:
     return Subject(lambda: model(**inputs).last_hidden_state, weights, 0.0)
 
 
-def make_step(subject: Subject, step: str) -> Callable[[], None]:
-    """A case's step as a call without result, whose gradients are left to be seen."""
+def make_step(subject: Subject, step: str) -> Callable[[], object]:
+    """A case's step as a call, whose gradients are left to be seen."""
     for leaf in subject.leaves:
         leaf.requires_grad_(step != FORWARD)
     if step == FORWARD:
-        return torch.no_grad()(_without_result(subject.forward))
+        return torch.no_grad()(subject.forward)
     if step == TRAIN:
         optimizer = torch.optim.AdamW(subject.leaves, lr=1e-5)
 
@@ -170,10 +170,3 @@ def _model(peer: EncoderPeer, case: Case) -> tuple[Any, dict[str, Tensor]]:
         model: nn.Module = peer.build(case)
         ids = torch.randint(10, VOCABULARY, (case.batch, case.tokens))
     return model.to(case.device, case.dtype), peer.inputs(ids)
-
-
-def _without_result(call: Callable[[], object]) -> Callable[[], None]:
-    def step() -> None:
-        call()
-
-    return step

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from bench.measure import reason_of
 from bench.meta import meta_call
 from bench.timing import Clock, Spread, Step, interleave, ratio, spread
 from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
-from lsg_attn.call import Call, allocate, restore, to_save
+from lsg_attn.call import Call, Saved, allocate, restore, to_save
 from lsg_attn.compression import lsh_directions
 from lsg_attn.kernels.schedules import Schedule, Tuning, backward_schedule, forward_schedule, target_of
 from lsg_attn.launch import Launch, run_on
@@ -103,9 +103,9 @@ class Trial:
         self.is_backward = is_backward
         query, key, value, self._dout = (x.to(self.device) for x in make_inputs(*shape, dtype)[:4])
         directions = tuple(x.to(self.device) for x in lsh_directions(pattern, shape[1], shape[3]))
-        directions = directions if pattern.compression == "lsh" else ()
         self.call = Call(query, key, value, None, pattern, dropout_p, 1, shape[3] ** -0.5, directions)
         self.row = table_row(self.target, pattern, dtype, shape[3], dropout_p > 0, is_backward)
+        self._saved = to_save(self.call, launch_forward(self.call)) if is_backward else None
         self._clock = Clock("cuda")
         self._row_step, results = self._prepare(self.row)
         self._row_step()
@@ -130,16 +130,7 @@ class Trial:
 
     def _prepare(self, schedule: Schedule) -> tuple[Step, tuple[Tensor, ...]]:
         """What runs the pass once, and where it writes."""
-        launches: list[Launch]
-        if self.is_backward:
-            saved = to_save(self.call, launch_forward(self.call))
-            again, gradients = replace(self.call, directions=()), allocate_gradients(self.call)
-            results = restore(again, saved)
-            launches = plan_backward(again, results, self._dout, gradients, self.target, schedule)
-            written: tuple[Tensor, ...] = gradients
-        else:
-            results = allocate(self.call)
-            launches, written = plan_forward(self.call, results, self.target, schedule), (results.out,)
+        launches, written = plan_pass(self.call, self._saved, self._dout, self.target, schedule)
         return lambda: run_on(self.device, launches), written
 
     def _blockwise(self) -> tuple[Tensor, ...]:
@@ -148,6 +139,17 @@ class Trial:
         q, k, v = (x.detach().float().requires_grad_(self.is_backward) for x in (call.query, call.key, call.value))
         out = lsg_attention(q, k, v, call.pattern, implementation="torch")
         return torch.autograd.grad(out, (q, k, v), self._dout.float()) if self.is_backward else (out,)
+
+
+def plan_pass(
+    call: Call, saved: Saved | None, dout: Tensor, target: str, schedule: Schedule
+) -> tuple[list[Launch], tuple[Tensor, ...]]:
+    """The launches of a forward, or of the backward of what was saved; and where they write."""
+    if saved is None:
+        results = allocate(call)
+        return plan_forward(call, results, target, schedule), (results.out,)
+    again, gradients = replace(call, directions=()), allocate_gradients(call)
+    return plan_backward(again, restore(again, saved), dout, gradients, target, schedule), gradients
 
 
 def table_row(
@@ -203,23 +205,14 @@ def _print_plan(
     """Every schedule that would be tried, and the programs of its launches."""
     target = options.dry_run
     call = meta_call(pattern, shape, dtype, has_mask=False, has_dropout=options.dropout)
-    plan = _planner(call, target, options.backward)
+    saved, dout = to_save(call, allocate(call)) if options.backward else None, torch.empty_like(call.query)
     row = table_row(target, pattern, dtype, shape[3], options.dropout, options.backward)
     table = Table("rows", "columns", "warps", "stages", "programs", title=f"{target}: would be tried")
     for schedule in neighbours(row):
-        programs = ", ".join(f"{launch.kernel.__name__} {launch.programs}" for launch in plan(schedule))
+        launches, _ = plan_pass(call, saved, dout, target, schedule)
+        programs = ", ".join(f"{launch.kernel.__name__} {launch.programs}" for launch in launches)
         table.add_row(*(str(x) for x in (*schedule[:2], *schedule.tuning)), programs)
     console.print(table)
-
-
-def _planner(call: Call, target: str, is_backward: bool) -> Callable[[Schedule], list[Launch]]:
-    """From a schedule to the launches of a call without memory."""
-    if not is_backward:
-        return lambda schedule: plan_forward(call, allocate(call), target, schedule)
-    again = replace(call, directions=())
-    results, gradients = restore(again, to_save(call, allocate(call))), allocate_gradients(call)
-    dout = torch.empty_like(results.out)
-    return lambda schedule: plan_backward(again, results, dout, gradients, target, schedule)
 
 
 if __name__ == "__main__":

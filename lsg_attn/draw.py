@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .compression import Tokens, compress
 from .pattern import LSGPattern
-from .reference import visible_slots, visible_tokens
+from .reference import visible_in_slots, visible_slots, visible_tokens
 
 # name, letter in a terminal, its colour there, colour in a picture
 KINDS = (
@@ -55,7 +55,7 @@ def kinds_of_keys(pattern: LSGPattern, num_tokens: int, num_padding: int = 0, he
     keep = torch.arange(num_tokens)[None] < num_tokens - num_padding
     compression = compress(pattern, Tokens(query, key, keep, 0.25))
     if compression is not None:
-        seen = visible_slots(pattern, length)[:, compression.slot[0, head]] & (compression.weight[0, head] > 0)
+        seen = visible_in_slots(visible_slots(pattern, length), compression, head)
         kinds[:, first:][seen] = SPARSE
     kinds[:, length - num_padding :] = PADDING
     return kinds

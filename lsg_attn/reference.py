@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .compression import Tokens, compress
+from .compression import Compression, Tokens, compress
 from .pattern import LSGPattern
 
 
@@ -50,6 +50,14 @@ def visible_slots(pattern: LSGPattern, length: int) -> Tensor:
         for start, stop in pattern.sparse_windows(block):
             visible[rows, max(start, 0) : max(stop, 0)] = True
     return visible
+
+
+def visible_in_slots(slots: Tensor, compression: Compression, head: int) -> Tensor:
+    """(queries, T) bool: which tokens have a weight in a compressed key that a query sees, in a batch's first entry.
+
+    ``slots``: (queries, N), rows of :func:`visible_slots`.
+    """
+    return slots[:, compression.slot[0, head]] & (compression.weight[0, head] > 0)
 
 
 def _blocks(pattern: LSGPattern, length: int) -> list[tuple[int, slice]]:

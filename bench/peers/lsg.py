@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -84,15 +85,10 @@ def lsg_encoder(case: Case, implementation: str) -> Any:
     from lsg_attn.bart import LSGBartConfig
     from lsg_attn.bart.modeling import LSGBartEncoder
 
-    pattern = case.pattern
     config = LSGBartConfig(
         **bart_sizes(case.size),
+        **asdict(case.pattern),
         max_position_embeddings=case.tokens,
-        block_size=pattern.block_size,
-        sparse_block_size=pattern.sparse_block_size,
-        sparsity_factor=pattern.sparsity_factor,
-        sparsity_type=pattern.sparsity_type,
-        num_global_tokens=pattern.num_global_tokens,
         attention_implementation=implementation,
     )
     return LSGBartEncoder(config)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import math
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -104,10 +105,7 @@ def original_layer(pattern: LSGPattern, heads: int, head_dim: int) -> Any:
     Raises:
         ModuleNotFoundError: lsg-converter is not installed.
     """
-    names = ("block_size", "sparse_block_size", "sparsity_factor", "sparsity_type", "num_global_tokens")
-    config = SimpleNamespace(
-        **{name: getattr(pattern, name) for name in (*names, "lsh_num_pre_rounds")}, attention_dropout=0.0
-    )
+    config = SimpleNamespace(**asdict(pattern), attention_dropout=0.0)
     return _original_classes()["LSGBartEncoderSelfAttention"](config, heads * head_dim, heads, 0.0)
 
 
