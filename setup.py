@@ -20,7 +20,7 @@ setup(
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["lsg_attn", "lsg_attn.bart", "lsg_attn.kernels"],
+    packages=["lsg_attn", "lsg_attn.bart", "lsg_attn.blockwise", "lsg_attn.cli", "lsg_attn.fused", "lsg_attn.kernels"],
     # A folder kernels/ with an __init__.py would hide Hugging Face's package of that name: see lsg_attn/kernels.py.
     package_dir={"lsg_attn": "lsg_attn", "lsg_attn.kernels": "kernels"},
     package_data={"lsg_attn": ["py.typed"], "lsg_attn.kernels": ["README.md"]},
@@ -46,5 +46,5 @@ setup(
             TRANSFORMERS,
         ],
     },
-    entry_points={"console_scripts": ["lsg-attn = lsg_attn.cli:main"]},
+    entry_points={"console_scripts": ["lsg-attn = lsg_attn.cli.main:main"]},
 )

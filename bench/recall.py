@@ -20,8 +20,8 @@ from torch import Tensor
 
 from bench.timing import Clock, Step, interleave, ratio, spread
 from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
+from lsg_attn.cli.demo import progress_bar, read_document
 from lsg_attn.compression import Tokens, compress
-from lsg_attn.demo import progress_bar, read_document
 from lsg_attn.reference import visible_in_slots, visible_slots, visible_tokens
 from lsg_attn.testing import relative_rms
 

@@ -19,15 +19,15 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.measure import reason_of
-from bench.meta import meta_call
+from bench.static.meta import meta_call
 from bench.timing import Clock, Spread, Step, interleave, ratio, spread
 from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
 from lsg_attn.call import Call, Saved, allocate, restore, to_save
 from lsg_attn.compression import lsh_directions
-from lsg_attn.kernels.schedules import Schedule, Tuning, backward_schedule, forward_schedule, target_of
-from lsg_attn.launch import Launch, run_on
-from lsg_attn.plan import launch_forward, plan_forward
-from lsg_attn.plan_backward import allocate_gradients, plan_backward
+from lsg_attn.fused.backward import allocate_gradients, plan_backward
+from lsg_attn.fused.forward import launch_forward, plan_forward
+from lsg_attn.fused.launch import Launch, run_on
+from lsg_attn.fused.schedules import Schedule, Tuning, backward_schedule, forward_schedule, target_of
 from lsg_attn.testing import assert_close, make_inputs
 
 _ROWS, _WARPS, _STAGES = (16, 256), (4, 8), (1, 4)  # least and most, but for warps: those tried
@@ -162,7 +162,7 @@ def table_row(
 
 
 def row_text(schedule: Schedule, head_dim: int, has_dropout: bool, comment: str) -> str:
-    """A line for ``kernels/schedules.py``."""
+    """A line for ``lsg_attn/fused/schedules.py``."""
     limit = next(limit for limit in (64, 128, 256) if head_dim <= limit)
     (m, n, (warps, stages)) = schedule
     return f"    ({limit}, {has_dropout}): Schedule({m}, {n}, Tuning({warps}, {stages})),  # {comment}"

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .blockwise import blockwise_attention
+from .blockwise.attention import blockwise_attention
 from .checks import number, probability, type_name
-from .fused import fused_attention, obstacles
 from .masking import check_mask, full_mask
+from .operator import fused_attention, obstacles
 from .pattern import LSGPattern
 from .reference import reference_attention
 

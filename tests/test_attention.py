@@ -187,7 +187,9 @@ def test_dropout_is_the_same_in_backward(implementation, sparsity_type, tokens):
 @each_implementation
 def test_dropout_is_the_same_in_backward_on_other_threads(implementation, monkeypatch):
     """What the backward draws must not depend on how many threads there are by then."""
-    monkeypatch.setattr("lsg_attn.sweep._CPU_SCORES", 1)  # as in a long sequence: as many heads at a time as threads
+    monkeypatch.setattr(
+        "lsg_attn.blockwise.sweep._CPU_SCORES", 1
+    )  # as in a long sequence: as many heads at a time as threads
     pattern = LSGPattern(8, 8, 2)
     inputs = make_inputs(1, 8, 1 + 60, 4, F64)
     grads, threads = [], torch.get_num_threads()
@@ -291,5 +293,5 @@ def test_many_heads_and_few_scores_take_the_same_way(monkeypatch):
     inputs = make_inputs(2, 5, 3 + 77, 4, F64, "right")
     expected = run_reference(inputs, pattern)
     for budget in (1, 1000, 20_000, 1 << 20):
-        monkeypatch.setattr("lsg_attn.sweep._CPU_SCORES", budget)
+        monkeypatch.setattr("lsg_attn.blockwise.sweep._CPU_SCORES", budget)
         assert_all_close(run_attention(inputs, pattern, implementation="torch"), expected)

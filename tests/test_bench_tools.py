@@ -17,7 +17,7 @@ from bench.measure import Result
 from bench.peers.base import masked_attention
 from bench.record import read
 from lsg_attn import SPARSITY_TYPES, LSGPattern, cli
-from lsg_attn.kernels.schedules import Schedule, Tuning, forward_schedule
+from lsg_attn.fused.schedules import Schedule, Tuning, forward_schedule
 
 RESULTS = Path(report.__file__).parent / "results"
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from strategies import cases
 
 from lsg_attn import SPARSITY_TYPES, LSGPattern
-from lsg_attn.cli import main
-from lsg_attn.draw import GLOBAL, LOCAL, NOT_SEEN, PADDING, SPARSE, kinds_of_keys
+from lsg_attn.cli.draw import GLOBAL, LOCAL, NOT_SEEN, PADDING, SPARSE, kinds_of_keys
+from lsg_attn.cli.main import main
 
 
 def test_demo_prints_a_row_for_each_type(capsys, tmp_path):
@@ -71,7 +71,7 @@ def test_pattern_as_picture(tmp_path):
 
 def test_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("lsg_attn.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("lsg_attn.cli.main.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         main(["pattern", "--out", str(tmp_path / "pattern.png")])
     assert "pip install 'lsg-attn[plot]'" in capsys.readouterr().err

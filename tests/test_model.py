@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.flops import num_scores
-from bench.model import DATA_SHEETS, model
+from bench.static.model import DATA_SHEETS, model
 from lsg_attn import SPARSITY_TYPES, LSGPattern
 from lsg_attn.reference import visible_slots, visible_tokens
 

@@ -58,7 +58,7 @@ def test_wheel_works_where_the_checkout_is_not(wheel, tmp_path):
     assert (tmp_path / "lsg_attn/bart/modeling.py").exists()
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "import torch, lsg_attn, lsg_attn.kernels, lsg_attn.plan\n"
+        "import torch, lsg_attn, lsg_attn.kernels, lsg_attn.fused.forward\n"
         "x = torch.randn(1, 700, 8)\n"
         "print(lsg_attn.__file__, *lsg_attn.kernels.__path__, tuple(lsg_attn.LSGAttention(8, 2)(x).shape), sep='|')"
     )

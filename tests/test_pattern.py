@@ -6,8 +6,8 @@ from hypothesis import given
 from strategies import HEADS, cases
 
 from lsg_attn import LSGPattern
+from lsg_attn.blockwise.layout import Layout
 from lsg_attn.compression import Tokens, compress
-from lsg_attn.layout import Layout
 from lsg_attn.reference import visible_slots, visible_tokens
 
 

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from triton.compiler import ASTSource
 
-from bench import static
-from bench.binary import GPUS
-from bench.static import Case, Row, cases, compile_and_read, compile_row, faults, key_of
+from bench.static import compile as static
+from bench.static.binary import GPUS
+from bench.static.compile import Case, Row, cases, compile_and_read, compile_row, faults, key_of
 
 RESULTS = Path(__file__).parents[1] / "bench/results/static.json"
 GOOD = Row("_lsg_fwd_kernel", "none bfloat16 d64", "sm_86", 255, 0, 64, 99 * 1024, 16, 8, 0, 1, 0.1, 4, 2, "3.8.0", "")

@@ -22,7 +22,7 @@ from bench.peers.base import (
     pairs_obstacle,
 )
 from lsg_attn import lsg_attention
-from lsg_attn.fused import obstacles
+from lsg_attn.operator import obstacles
 
 
 class LSGPeer(Adapter):

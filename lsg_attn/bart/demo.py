@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from ..demo import read_document
+from ..cli.demo import read_document
 from ..memory import peak_resident
 from .configuration import LSGBartConfig
 from .conversion import convert, load_tokenizer

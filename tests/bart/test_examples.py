@@ -13,7 +13,7 @@ from checkpoints import BASE, CONVERTED, NORM, seq2seq
 
 from lsg_attn.bart import LSGBartConfig, LSGBartForConditionalGeneration
 from lsg_attn.bart.demo import SIZES
-from lsg_attn.cli import main
+from lsg_attn.cli.main import main
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 TEXT = "The quick brown fox jumps over the lazy dog, again and again. " * 60

@@ -7,10 +7,10 @@ import torch
 from lsg_attn import SPARSITY_TYPES, LSGPattern
 from lsg_attn.call import Call, allocate, restore, to_save
 from lsg_attn.compression import Tokens, compress, lsh_directions
-from lsg_attn.kernels.schedules import target_of
-from lsg_attn.launch import run_on
-from lsg_attn.plan import plan_forward
-from lsg_attn.plan_backward import allocate_gradients, plan_backward
+from lsg_attn.fused.backward import allocate_gradients, plan_backward
+from lsg_attn.fused.forward import plan_forward
+from lsg_attn.fused.launch import run_on
+from lsg_attn.fused.schedules import target_of
 from lsg_attn.reference import visible_slots, visible_tokens
 from lsg_attn.testing import Inputs, make_inputs
 

@@ -17,7 +17,8 @@ from running import (
 )
 from torch.utils.checkpoint import checkpoint
 
-from lsg_attn import SPARSITY_TYPES, LSGAttention, LSGPattern, launch, lsg_attention
+from lsg_attn import SPARSITY_TYPES, LSGAttention, LSGPattern, lsg_attention
+from lsg_attn.fused import launch
 from lsg_attn.testing import Inputs, assert_close, make_inputs, run_reference
 
 NAMES = ("dquery", "dkey", "dvalue")

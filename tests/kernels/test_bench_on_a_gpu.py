@@ -11,7 +11,7 @@ from bench.cases import BACKWARD, FORWARD, SIZES, Case, Section, Size
 from bench.measure import measure
 from bench.subject import check
 from lsg_attn import SPARSITY_TYPES, LSGPattern
-from lsg_attn.kernels.schedules import Schedule, Tuning
+from lsg_attn.fused.schedules import Schedule, Tuning
 
 IS_REAL = bool(torch.version.cuda or torch.version.hip)
 CASE = Case("attention", "tiny", 96, pattern=LSGPattern(16, 16, 2), device="cuda")

@@ -5,9 +5,11 @@ import pytest
 import torch
 from running import backward, dense_scores, forward
 
-from lsg_attn import LSGPattern, plan, plan_backward
+from lsg_attn import LSGPattern
 from lsg_attn.compression import lsh_directions
-from lsg_attn.kernels.schedules import Schedule, Tuning
+from lsg_attn.fused import backward as plan_backward
+from lsg_attn.fused import forward as plan
+from lsg_attn.fused.schedules import Schedule, Tuning
 from lsg_attn.testing import Inputs, assert_close, make_inputs
 
 SEED = 0x1234_5678_9ABC_DEF

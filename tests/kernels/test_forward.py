@@ -17,8 +17,9 @@ from running import (
 )
 from strategies import AWKWARD_SHAPES
 
-from lsg_attn import SPARSITY_TYPES, LSGPattern, launch, lsg_attention
+from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
 from lsg_attn.compression import lsh_directions
+from lsg_attn.fused import launch
 from lsg_attn.testing import TOLERANCES, Inputs, assert_close, make_inputs
 
 

@@ -5,8 +5,8 @@ import torch
 from running import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lsg_attn import SPARSITY_TYPES, LSGPattern, fused, lsg_attention
-from lsg_attn.launch import Launch
+from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention, operator
+from lsg_attn.fused.launch import Launch
 from lsg_attn.testing import make_inputs
 
 LAUNCHES = {"none": 1, "stride": 1, "block_stride": 1, "norm": 2, "pooling": 2, "bos_pooling": 2, "lsh": 2}
@@ -53,16 +53,16 @@ def test_launches(sparsity_type, num_globals, dropout_p, launched):
     pattern = LSGPattern(16, 16, 4, sparsity_type, num_globals)
     query, key, value, dout, mask = (x.to(DEVICE) for x in make_inputs(2, 4, num_globals + 90, 16))
     seed = torch.tensor(5) if dropout_p else None  # on the CPU: reading it waits for no device
-    arguments = (query, key, value, mask[:, num_globals:], seed, [], dropout_p, 0.25, *fused._fields(pattern))
-    results = fused._attention(*arguments)  # lsh's directions are drawn once
+    arguments = (query, key, value, mask[:, num_globals:], seed, [], dropout_p, 0.25, *operator._fields(pattern))
+    results = operator._attention(*arguments)  # lsh's directions are drawn once
     launched.clear()
     with torch._C.DisableTorchFunction(), Recorder() as recorder:  # ttsem fills new memory by such a function
-        fused._attention(*arguments)
+        operator._attention(*arguments)
     assert len(launched) == LAUNCHES[sparsity_type] + (num_globals > 0) <= 3
     assert launched[-1 - (num_globals > 0)] == "_lsg_fwd_kernel"
     launched.clear()
     with torch._C.DisableTorchFunction(), recorder:
-        fused._attention_backward(dout, results, *arguments)
+        operator._attention_backward(dout, results, *arguments)
     again = {"pooling": "_lsg_pool_kernel", "bos_pooling": "_lsg_pool_kernel", "lsh": "_lsg_lsh_kernel"}
     expected = [again[sparsity_type]] if sparsity_type in again else []
     expected += ["_lsg_bwd_delta_kernel"]

@@ -1,4 +1,4 @@
-"""`python -m bench.model`: the least time that a forward or a backward can take on a GPU, by flops, bytes, data sheets.
+"""`python -m bench.static.model`: floors under the time of a forward or a backward on a GPU, by flops and bytes.
 
 It measures nothing. It says what a time that is measured one day can be set against: no kernel goes below either floor.
 """
@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.flops import BACKWARD_PRODUCTS, PRODUCTS, num_scores
-from bench.meta import meta_call, meta_passes
+from bench.static.meta import meta_call, meta_passes
 from lsg_attn import SPARSITY_TYPES, LSGPattern
-from lsg_attn.launch import Launch
+from lsg_attn.fused.launch import Launch
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def model(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the model of one shape, for each sparsity type and GPU asked for."""
-    parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.static.model", description=__doc__)
     parser.add_argument("--target", nargs="+", choices=DATA_SHEETS, default=["sm_90"])
     parser.add_argument("--types", nargs="+", default=list(SPARSITY_TYPES), choices=SPARSITY_TYPES)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))

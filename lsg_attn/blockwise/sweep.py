@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .compression import Compression, sum_rows
+from ..compression import Compression, sum_rows
+from ..pattern import LSGPattern
+from ..workspace import Workspace
 from .layout import Layout
-from .pattern import LSGPattern
-from .workspace import Workspace
 
 # Scores computed at a time. On 2 cores with 2 MiB of L2 cache each 2^20 and 2^21 are alike, 2^18 loses 20%; a GPU wants
 # more work in each launch.

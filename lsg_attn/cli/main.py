@@ -10,10 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from . import __version__
+from .. import __version__
+from ..pattern import SPARSITY_TYPES, LSGPattern
 from .demo import progress_bar, run_demo
 from .draw import kinds_of_keys, print_pattern, save_pattern
-from .pattern import SPARSITY_TYPES, LSGPattern
 
 _CHECKOUT = Path(__file__).parent.parent
 
@@ -56,7 +56,7 @@ def _demo(options: argparse.Namespace) -> None:
         run_demo(_console(), options.tokens, options.file, options.tokenizer)
         return
     _need_transformers("--model" if options.size is None else "--size")
-    from .bart.demo import run_bart_demo
+    from ..bart.demo import run_bart_demo
 
     run_bart_demo(_console(), options.tokens, options.file, options.model, options.size)
 
@@ -85,7 +85,7 @@ def _flag(key: str) -> str:
 
 def _convert(options: argparse.Namespace) -> None:
     _need_transformers("convert")
-    from .bart.conversion import CHECKPOINT_STEPS, convert_checkpoint, load_tokenizer
+    from ..bart.conversion import CHECKPOINT_STEPS, convert_checkpoint, load_tokenizer
 
     arguments = {key: value for key, value in vars(options).items() if key != "run"}
     if options.tokenizer is not None:

@@ -14,12 +14,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
-from .compression import Tokens, compress, lsh_directions
-from .layer import LSGAttention
-from .memory import peak_growth
-from .pattern import SPARSITY_TYPES, LSGPattern
-from .reference import reference_attention, visible_slots, visible_tokens
-from .testing import relative_rms
+from ..compression import Tokens, compress, lsh_directions
+from ..layer import LSGAttention
+from ..memory import peak_growth
+from ..pattern import SPARSITY_TYPES, LSGPattern
+from ..reference import reference_attention, visible_slots, visible_tokens
+from ..testing import relative_rms
 
 # BART-base's encoder (arXiv 1910.13461)
 LAYERS, WIDTH, HEADS, FEED_FORWARD = 6, 768, 12, 3072

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compression import Compression, Tokens, compress
-from .pattern import LSGPattern
+from ..compression import Compression, Tokens, compress
+from ..pattern import LSGPattern
+from ..workspace import matmul_out
 from .sweep import Sweep, Tile
-from .workspace import matmul_out
 
 
 def blockwise_attention(

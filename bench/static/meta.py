@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lsg_attn import LSGPattern
 from lsg_attn.call import Call, allocate, restore, to_save
-from lsg_attn.launch import Launch
-from lsg_attn.plan import plan_forward
-from lsg_attn.plan_backward import allocate_gradients, plan_backward
+from lsg_attn.fused.backward import allocate_gradients, plan_backward
+from lsg_attn.fused.forward import plan_forward
+from lsg_attn.fused.launch import Launch
 
 
 def meta_call(

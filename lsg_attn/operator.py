@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
-from .blockwise import blockwise_attention, blockwise_backward
+from .blockwise.attention import blockwise_attention, blockwise_backward
 from .call import Call, Saved, allocate, to_save
 from .compression import lsh_directions
 from .masking import full_mask
@@ -94,7 +94,7 @@ def _attention(
     """The operator: on a GPU the kernels, returning what is ``Saved``; on a CPU the block-wise code, returning out."""
     pattern, draws = LSGPattern(*fields), 0 if seed is None else int(seed)
     if query.is_cuda:
-        from .plan import launch_forward  # here, as importing lsg_attn does not import triton
+        from .fused.forward import launch_forward  # here, as importing lsg_attn does not import triton
 
         directions = _directions(pattern, projections, query) if pattern.compression == "lsh" else ()
         call = Call(query, key, value, attention_mask, pattern, dropout_p, draws, scale, directions)
@@ -111,7 +111,7 @@ def _attention_backward(
     """The gradients of query, key and value, from that of out and what the operator returned."""
     pattern, draws = LSGPattern(*fields), 0 if seed is None else int(seed)
     if query.is_cuda:
-        from .plan_backward import launch_backward
+        from .fused.backward import launch_backward
 
         call = Call(query, key, value, attention_mask, pattern, dropout_p, draws, scale)
         return launch_backward(call, Saved(*results), dout)

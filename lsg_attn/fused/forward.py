@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from triton import cdiv, next_power_of_2
 
-from .call import Call, Results, allocate, variant_of
-from .kernels.compress import _lsg_lsh_kernel, _lsg_norm_kernel, _lsg_pool_kernel
-from .kernels.forward import _lsg_fwd_combine_kernel, _lsg_fwd_kernel
-from .kernels.schedules import COMBINE, NORM, POOL, Schedule, forward_schedule, lsh_tuning, target_of
+from ..call import Call, Results, allocate, variant_of
+from ..kernels.compress import _lsg_lsh_kernel, _lsg_norm_kernel, _lsg_pool_kernel
+from ..kernels.forward import _lsg_fwd_combine_kernel, _lsg_fwd_kernel
 from .launch import COMBINED, Launch, attention_arguments, block_d, key_arguments, run_on, scale_log2, split_globals
+from .schedules import COMBINE, NORM, POOL, Schedule, forward_schedule, lsh_tuning, target_of
 
 # Tokens that are ranked, and groups that are pooled at a time.
 _RANKED, _POOLED = 128, 32

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
-from .call import Call, Results, Saved, restore, variant_of
-from .kernels.backward import _lsg_bwd_dq_dkv_kernel, _lsg_bwd_slots_kernel
-from .kernels.reduce import _lsg_bwd_combine_kernel, _lsg_bwd_delta_kernel, _lsg_bwd_weights_kernel
-from .kernels.schedules import COMBINE, DELTA, WEIGHTS, Schedule, backward_schedule, target_of
+from ..call import Call, Results, Saved, restore, variant_of
+from ..kernels.backward import _lsg_bwd_dq_dkv_kernel, _lsg_bwd_slots_kernel
+from ..kernels.reduce import _lsg_bwd_combine_kernel, _lsg_bwd_delta_kernel, _lsg_bwd_weights_kernel
+from .forward import plan_compression
 from .launch import COMBINED, Launch, attention_arguments, block_d, key_arguments, run_on, split_globals
-from .plan import plan_compression
+from .schedules import COMBINE, DELTA, WEIGHTS, Schedule, backward_schedule, target_of
 
 # Rows whose products with dout are summed, and tokens whose weights are differentiated at a time.
 _SUMMED, _WEIGHED = 64, 32

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from .compression import Tokens, compress
-from .pattern import LSGPattern
-from .reference import visible_in_slots, visible_slots, visible_tokens
+from ..compression import Tokens, compress
+from ..pattern import LSGPattern
+from ..reference import visible_in_slots, visible_slots, visible_tokens
 
 # name, letter in a terminal, its colour there, colour in a picture
 KINDS = (

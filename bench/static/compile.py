@@ -29,13 +29,13 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench import binary
-from bench.binary import GPUS, num_blocks, read_amdgcn, read_cubin
-from bench.meta import meta_call, meta_passes
+from bench.static import binary
+from bench.static.binary import GPUS, num_blocks, read_amdgcn, read_cubin
+from bench.static.meta import meta_call, meta_passes
 from lsg_attn import SPARSITY_TYPES, LSGPattern
-from lsg_attn.launch import Launch
+from lsg_attn.fused.launch import Launch
 
-_CACHE = Path(__file__).parents[1] / "build/static"
+_CACHE = Path(__file__).parents[2] / "build/static"
 MOST_SPILLED = 64  # bytes of a thread that a kernel may spill
 _MATMULS = ("_lsg_lsh_kernel", "_lsg_fwd_kernel", "_lsg_bwd_slots_kernel", "_lsg_bwd_dq_dkv_kernel")
 
@@ -281,7 +281,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
     return 1 if errors else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from triton import cdiv, next_power_of_2
 
-from .call import Call, Results, Variant
-from .kernels.schedules import Tuning
+from ..call import Call, Results, Variant
+from .schedules import Tuning
 
 # Parts that are combined at a time.
 COMBINED = 32

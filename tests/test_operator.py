@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from lsg_attn import SPARSITY_TYPES, LSGAttention, LSGPattern, lsg_attention
 from lsg_attn.call import Call, allocate, to_save
 from lsg_attn.functional import _choose
-from lsg_attn.fused import _fields, obstacles
+from lsg_attn.operator import _fields, obstacles
 from lsg_attn.testing import Inputs, assert_close, make_inputs, run_reference
 
 operator = torch.ops.lsg_attn.attention
@@ -45,7 +45,7 @@ def test_obstacles(change, reason, monkeypatch):
     case |= {"capability": (8, 0), "has_triton": True}
     case |= change
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case["capability"])
-    monkeypatch.setattr("lsg_attn.fused._HAS_TRITON", case["has_triton"])
+    monkeypatch.setattr("lsg_attn.operator._HAS_TRITON", case["has_triton"])
     x = torch.zeros(1, 1, 600, case["head_dim"], dtype=case["dtype"])
     x = x.as_subclass(OnAGPU)
     (got,) = obstacles(x, x, x, case["pattern"], case["scale"])

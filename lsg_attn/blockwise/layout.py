@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .pattern import LSGPattern
+from ..pattern import LSGPattern
 
 
 class _Segment(NamedTuple):
