@@ -25,7 +25,7 @@ test-transformers-%: $(VENV)-transformers-%/ready
 	$(VENV)-transformers-$*/bin/python -m pytest tests/bart
 
 static: $(VENV)/ready
-	$(BIN)/python -m bench.static --json bench/results/static.json
+	$(BIN)/python -m bench.static --csv bench/results/static.csv
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

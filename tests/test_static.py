@@ -1,7 +1,8 @@
 """bench.static: it compiles what dispatch chooses, and fails where a kernel may not ship."""
 
-import json
-from dataclasses import replace
+from collections import Counter
+from dataclasses import astuple, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,24 @@ from triton.compiler import ASTSource
 
 from bench.static import compile as static
 from bench.static.binary import GPUS
-from bench.static.compile import Case, Row, cases, compile_and_read, compile_row, faults, key_of
+from bench.static.calls import Label, PlannedCall, kernels_of, planned_calls
+from bench.static.figures import Figures, compile_and_read
+from bench.static.rows import Row, faults, read_rows, summarize, to_markdown, write_rows
+from lsg_attn import SPARSITY_TYPES
 
-RESULTS = Path(__file__).parents[1] / "bench/results/static.json"
-GOOD = Row("_lsg_fwd_kernel", "none bfloat16 d64", "sm_86", 255, 0, 64, 99 * 1024, 16, 8, 0, 1, 0.1, 4, 2, "3.8.0", "")
+RESULTS = Path(__file__).parents[1] / "bench/results/static.csv"
+GOOD = Row(
+    Label("_lsg_fwd_kernel", "none", "forward", "bfloat16", "64", "128", "1", "no", "no", "sm_86"),
+    Figures(255, 0, 64, 99 * 1024, 16, 8, 0),
+    num_warps=4,
+    num_stages=2,
+    triton="3.8.0",
+    key="0123456789abcdef",
+)
+
+
+def changed(row, **figures):
+    return replace(row, figures=replace(row.figures, **figures))
 
 
 @pytest.fixture
@@ -23,61 +38,110 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(static, "_CACHE", tmp_path)
 
 
-def names(subset, targets):
-    return {
-        (launch.kernel.__name__, name, case.target)
-        for case in cases(subset, targets)
-        for name, launch in case.launches()
-    }
+@pytest.fixture(scope="module")
+def everything():
+    """All kernels, by key."""
+    return kernels_of(planned_calls("all", list(GPUS)))
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return read_rows(RESULTS)
+
+
+def served(label, *names):
+    """The combinations of values that the calls of a label have in these fields."""
+    return set(product(*(getattr(label, name).split("/") for name in names)))
 
 
 def test_subsets():
-    """Each has every kernel; "all" has each type family, dtype, head_dim 64 and 128, masks and dropout."""
-    quick, ci, everything = (names(subset, ["sm_90"]) for subset in ("quick", "ci", "all"))
-    assert quick < ci < everything
-    assert len({kernel for kernel, _, _ in quick}) == 10
-    families, dtypes = ("none", "stride", "block_stride", "indexed", "compressed"), ("bfloat16", "float16", "float32")
-    expected = {
-        " ".join(filter(None, (family, dtype, f"d{head_dim}", mask, dropout)))
-        for family in families
-        for dtype in dtypes
-        for head_dim in (64, 128)
-        for mask in ("", "mask")
-        for dropout in ("", "dropout")
+    """Each has every kernel; "all" has each type, dtype, head_dim 64 and 128, masks and dropout."""
+    quick, ci, everything = (
+        [kernel.label for kernel in kernels_of(planned_calls(subset, ["sm_90"])).values()]
+        for subset in ("quick", "ci", "all")
+    )
+    assert len({label.kernel for label in quick}) == 10
+    names = ("kernel", "types", "passes", "dtype", "head_dim", "block_size", "num_globals", "mask", "dropout")
+    quick_calls, ci_calls, all_calls = (
+        {call for label in labels for call in served(label, *names)} for labels in (quick, ci, everything)
+    )
+    assert quick_calls < ci_calls < all_calls
+    dtypes, yes_no = ("bfloat16", "float16", "float32"), ("yes", "no")
+    expected = set(product(SPARSITY_TYPES, dtypes, ("64", "128"), ("128",), ("1",), yes_no, yes_no))
+    other_sizes = {
+        ("norm", "float32", *sizes, "yes", "no")
+        for sizes in (("64", "32", "1"), ("128", "128", "200"), ("256", "128", "1"))
     }
-    expected |= {f"indexed float32 {sizes}" for sizes in ("d64 mask B32", "d128 mask G200", "d256 mask")}
-    assert {variant for kernel, variant, _ in everything if kernel == "_lsg_fwd_kernel"} >= expected
+    assert {call[1:2] + call[3:] for call in all_calls if call[0] == "_lsg_fwd_kernel"} >= expected | other_sizes
     # of the backward, dropout and both head_dims in bfloat16, and the other dtypes and sizes without
-    expected = {
-        f"{family} bfloat16 d{head_dim} mask{dropout}"
-        for family in families
-        for head_dim in (64, 128)
-        for dropout in ("", " dropout")
-    }
-    expected |= {f"{family} {dtype} d64 mask" for family in families for dtype in dtypes}
-    expected |= {f"{family} bfloat16 d64" for family in families}
-    expected |= {f"indexed float32 {sizes}" for sizes in ("d64 mask B32", "d128 mask G200", "d256 mask")}
-    assert {variant for kernel, variant, _ in everything if kernel == "_lsg_bwd_dq_dkv_kernel"} >= expected
+    expected = set(product(SPARSITY_TYPES, ("bfloat16",), ("64", "128"), ("128",), ("1",), ("yes",), yes_no))
+    expected |= set(product(SPARSITY_TYPES, dtypes, ("64",), ("128",), ("1",), ("yes",), ("no",)))
+    expected |= set(product(SPARSITY_TYPES, ("bfloat16",), ("64",), ("128",), ("1",), ("no",), ("no",)))
+    backward = {call[1:2] + call[3:] for call in all_calls if call[0] == "_lsg_bwd_dq_dkv_kernel"}
+    assert backward >= expected | other_sizes
+
+
+@pytest.mark.parametrize("subset", ["quick", "ci", "all"])
+def test_a_label_is_of_one_kernel(subset):
+    labels = Counter(kernel.label for kernel in kernels_of(planned_calls(subset, list(GPUS))).values())
+    assert {label: count for label, count in labels.items() if count > 1} == {}
+
+
+def is_served(wanted, label):
+    fields = zip(astuple(wanted), astuple(label), strict=True)
+    return all(value in field.split("/") for value, field in fields)
+
+
+def test_a_call_finds_its_kernels_by_label(everything):
+    """Each launch of a call has a kernel whose label names the call's type, pass, dtype, sizes, mask and dropout."""
+    labels = [kernel.label for kernel in everything.values()]
+    for call in planned_calls("ci", ["sm_90", "gfx942"]):
+        dtype, yes = str(call.dtype).removeprefix("torch."), {True: "yes", False: "no"}
+        values = (str(call.head_dim), "128", "1", yes[call.has_mask], yes[call.has_dropout])
+        for name, launch in call.launches():
+            wanted = Label(launch.kernel.__name__, call.sparsity_type, name, dtype, *values, call.target)
+            found = [x for x in labels if is_served(wanted, x)]
+            assert len(found) == 1, wanted
+
+
+def only(calls, kernel):
+    """The key and kernel of this name, of which the calls have one."""
+    ((key, found),) = [(key, x) for key, x in kernels_of(calls).items() if x.label.kernel == kernel]
+    return key, found
 
 
 @pytest.mark.usefixtures("cache")
-def test_a_row_is_compiled_once(monkeypatch):
-    case = Case("none", torch.bfloat16, 64, False, False, "sm_90")
-    combine = [launch.kernel.__name__ for _, launch in case.launches()].index("_lsg_fwd_combine_kernel")
-    row = compile_row(case, combine)
-    assert row.registers > 0
-    assert row.spill_bytes == row.tensor_core_instructions == 0
+def test_a_kernel_is_compiled_once(monkeypatch, committed):
+    call = PlannedCall("none", torch.bfloat16, 64, False, False, "sm_90")
+    key, kernel = only([call], "_lsg_fwd_combine_kernel")
+    figures = static.figures_of(key, kernel)
+    assert figures.registers > 0
+    assert figures.spill_bytes == figures.tensor_core_instructions == 0
+    row = Row(kernel.label, figures, kernel.launch.tuning.num_warps, 1, triton.__version__, key)
     assert 0 < row.occupancy <= 1
-    monkeypatch.setattr(static.triton, "compile", lambda *_, **__: pytest.fail("compiled again"))
-    assert compile_row(case, combine) == row
+    assert [x.figures for x in committed if x.key == key] in ([figures], [])
+    monkeypatch.setattr(triton, "compile", lambda *_, **__: pytest.fail("compiled again"))
+    assert static.figures_of(key, kernel) == figures
+
+
+@pytest.mark.usefixtures("cache")
+def test_known_figures_are_not_compiled(monkeypatch):
+    calls = [PlannedCall("pooling", torch.float16, 64, True, False, "sm_90")]
+    known = {key: replace(GOOD.figures, registers=7) for key in kernels_of(calls)}
+    rows, errors = static.compile_all(calls, 1, known)
+    assert errors == []
+    assert {row.key: row.figures for row in rows} == known
+    assert {row.label for row in rows} == {kernel.label for kernel in kernels_of(calls).values()}
 
 
 @pytest.mark.usefixtures("cache")
 def test_the_attention_kernel_uses_tensor_cores_and_async_copies():
-    row = compile_row(Case("none", torch.float16, 64, False, False, "sm_80"), 0)
-    assert row.tensor_core_instructions > 100
-    assert row.async_copies > 0
-    assert faults(row) == []
+    call = PlannedCall("none", torch.float16, 64, False, False, "sm_80")
+    key, kernel = only([call], "_lsg_fwd_kernel")
+    figures = static.figures_of(key, kernel)
+    assert figures.tensor_core_instructions > 100
+    assert figures.async_copies > 0
+    assert faults(Row(kernel.label, figures, 4, 2, triton.__version__, key)) == []
 
 
 @triton.jit
@@ -89,9 +153,9 @@ def _adds(x_ptr, values: tl.constexpr):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_atomics_are_counted(target):
-    """In a kernel that has them; where the committed rows have none, that is not for want of looking."""
+    """A kernel with atomics is seen to have them, so the committed rows that count none are right."""
     source = ASTSource(_adds, {"x_ptr": "*fp32", "values": "constexpr"}, {(1,): 64})
-    assert compile_and_read(source, target, {})["float_atomics"] > 0
+    assert compile_and_read(source, target, {}).float_atomics > 0
 
 
 @pytest.mark.usefixtures("cache")
@@ -99,41 +163,75 @@ def test_what_does_not_compile_is_a_result(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no registers left")
 
-    monkeypatch.setattr(static.triton, "compile", fail)
-    error = compile_row(Case("norm", torch.float16, 64, True, False, "sm_90"), 0)
-    assert error == "_lsg_norm_kernel norm float16 d64 mask sm_90: RuntimeError: no registers left"
+    monkeypatch.setattr(triton, "compile", fail)
+    error = static.figures_of(*only([PlannedCall("norm", torch.float16, 64, True, False, "sm_90")], "_lsg_norm_kernel"))
+    assert error == (
+        "_lsg_norm_kernel types=norm passes=forward dtype=float16 head_dim=64 block_size=128 num_globals=1 mask=yes "
+        "dropout=no target=sm_90: RuntimeError: no registers left"
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
     [
         ({"spill_bytes": 65}, "spills 65 bytes, more than 64"),
-        ({"shared_bytes": 99 * 1024 + 1}, "takes 101377 bytes of shared memory of 101376"),
+        ({"shared_bytes": 99 * 1024 + 1}, "takes 101377 bytes of shared memory, more than 101376"),
         ({"tensor_core_instructions": 0}, "has no tensor-core instruction"),
-        ({"float_atomics": 1}, "has 1 atomics on floats, and no sum's order may depend on timing"),
+        ({"float_atomics": 1}, "has 1 atomics on floats, which make the order of sums depend on timing"),
     ],
 )
 def test_faults(change, what):
     assert faults(GOOD) == []
-    assert faults(replace(GOOD, **change)) == [f"_lsg_fwd_kernel none bfloat16 d64 sm_86 {what}"]
+    assert faults(changed(GOOD, **change)) == [f"{GOOD.label} {what}"]
 
 
-@pytest.mark.parametrize(("row", "status"), [(GOOD, 0), (replace(GOOD, spill_bytes=999), 1)])
+@pytest.mark.parametrize(("row", "status"), [(GOOD, 0), (changed(GOOD, spill_bytes=999), 1)])
 def test_status(row, status, monkeypatch, tmp_path):
-    monkeypatch.setattr(static, "compile_all", lambda todo, jobs: ([row], []))
-    assert static.main(["--json", str(tmp_path / "rows.json")]) == status
-    assert json.loads((tmp_path / "rows.json").read_text())[0]["spill_bytes"] == row.spill_bytes
-    monkeypatch.setattr(static, "compile_all", lambda todo, jobs: ([row], ["one did not compile"]))
+    monkeypatch.setattr(static, "compile_all", lambda calls, jobs, known: ([row], []))
+    assert static.main(["--csv", str(tmp_path / "rows.csv")]) == status
+    assert read_rows(tmp_path / "rows.csv") == [row]
+    assert (tmp_path / "rows.md").read_text() == to_markdown([row], "rows.csv")
+    monkeypatch.setattr(static, "compile_all", lambda calls, jobs, known: ([row], ["one did not compile"]))
     assert static.main([]) == 1
 
 
-def test_committed_rows_are_of_these_kernels_and_without_faults():
-    rows = [Row(**row) for row in json.loads(RESULTS.read_text(encoding="utf-8"))]
-    assert [fault for row in rows for fault in faults(row)] == []
-    # a kernel that several cases take is one row, by the name that the first gives it
-    everything = names("all", GPUS)
-    assert {(row.kernel, row.variant, row.target) for row in rows} <= everything
-    assert {(row.kernel, row.target) for row in rows} == {(kernel, gpu) for kernel, _, gpu in everything}
-    if {row.triton for row in rows} == {triton.__version__}:
-        sources = {key_of(case, launch) for case in cases("all", list(GPUS)) for _, launch in case.launches()}
-        assert {row.source for row in rows} == sources, "the kernels have changed: run make static"
+def test_only_a_named_file_is_brought_up_to_date(monkeypatch, tmp_path):
+    """Without one, nothing is taken from rows that are kept: a gate compiles the kernels."""
+    taken = []
+    monkeypatch.setattr(static, "compile_all", lambda calls, jobs, known: (taken.append(known), ([GOOD], []))[1])
+    for arguments in ([], ["--csv", str(tmp_path / "rows.csv")], ["--csv", str(tmp_path / "rows.csv")]):
+        assert static.main(arguments) == 0
+    assert taken == [{}, {}, {GOOD.key: GOOD.figures}]
+
+
+def test_a_file_of_other_columns_is_an_error(tmp_path):
+    (tmp_path / "rows.csv").write_text("kernel,target\na,b\n")
+    with pytest.raises(ValueError, match=r"expected the columns .*'key'\], got \['kernel', 'target'\]"):
+        read_rows(tmp_path / "rows.csv")
+
+
+def test_summary():
+    """The worst of each figure by kernel and GPU, over different variants."""
+    other_gpu = replace(GOOD, label=replace(GOOD.label, target="sm_80"))
+    rows = [GOOD, changed(GOOD, registers=40, spill_bytes=65, shared_bytes=1024), other_gpu]
+    first, second = summarize(rows)
+    assert first == ("_lsg_fwd_kernel", "sm_80", 1, 255, 64, 99 * 1024, other_gpu.blocks_per_sm, 0)
+    assert second == ("_lsg_fwd_kernel", "sm_86", 2, 255, 65, 99 * 1024, GOOD.blocks_per_sm, 1)
+    assert GOOD.blocks_per_sm < rows[1].blocks_per_sm
+
+
+def test_committed_rows_are_of_these_kernels_and_without_faults(committed, everything):
+    assert [fault for row in committed for fault in faults(row)] == []
+    kernels = {kernel.label.kernel for kernel in everything.values()}
+    assert {(row.label.kernel, row.label.target) for row in committed} == set(product(kernels, GPUS))
+    assert len({row.label for row in committed}) == len(committed) == len({row.key for row in committed})
+    if {row.triton for row in committed} == {triton.__version__}:
+        rows = {row.key: row.label for row in committed}
+        labels = {key: kernel.label for key, kernel in everything.items()}
+        assert rows == labels, "the kernels have changed: run make static"
+
+
+def test_committed_files_are_what_the_rows_give(committed, tmp_path):
+    write_rows(tmp_path / "static.csv", committed)
+    assert RESULTS.read_text(encoding="utf-8") == (tmp_path / "static.csv").read_text(encoding="utf-8")
+    assert RESULTS.with_suffix(".md").read_text(encoding="utf-8") == to_markdown(committed, RESULTS.name)
