@@ -1,1 +1,1 @@
-"""What is known of the kernels without a GPU: what they compile to, and the floors under their times."""
+"""What is known about the kernels without a GPU: what they compile to, and lower bounds of their times."""

@@ -1,4 +1,4 @@
-"""Calls without memory: what bench.static compiles and bench.model counts is planned from them."""
+"""Calls on the meta device: from them bench.static plans what it compiles, and bench.static.model what it counts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lsg_attn.fused.launch import Launch
 def meta_call(
     pattern: LSGPattern, shape: tuple[int, int, int, int], dtype: torch.dtype, has_mask: bool, has_dropout: bool
 ) -> Call:
-    """A call on queries of ``shape`` (batch, heads, G+T, head_dim), in memory as a projection gives them."""
+    """A call on queries of ``shape`` (batch, heads, G+T, head_dim), laid out as a projection returns them."""
     batch, heads, length, head_dim = shape
     query, key, value = (
         torch.empty(batch, length, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2) for _ in range(3)
@@ -31,11 +31,11 @@ def meta_call(
 
 
 class Pass(NamedTuple):
-    """A forward or a backward: its launches, the tensors that it is given, and those of its results that outlive it."""
+    """A forward or a backward: its launches, its input tensors, and the results that are kept after it."""
 
     launches: list[Launch]
     inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]  # of a forward ``Saved``, of a backward ``Gradients``
+    outputs: tuple[Tensor, ...]  # ``Saved`` of a forward, ``Gradients`` of a backward
 
 
 def meta_passes(call: Call, target: str) -> tuple[Pass, Pass]:

@@ -1,6 +1,6 @@
-"""`python -m bench.static.model`: floors under the time of a forward or a backward on a GPU, by flops and bytes.
+"""`python -m bench.static.model`: lower bounds of the time of a forward or a backward on a GPU.
 
-It measures nothing. It says what a time that is measured one day can be set against: no kernel goes below either floor.
+It measures nothing. The bounds come from flops and bytes, and measured times can be compared with them.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,7 +22,7 @@ from lsg_attn.fused.launch import Launch
 
 @dataclass(frozen=True)
 class DataSheet:
-    """Peak rates of a GPU as its maker gives them, dense: 10^12 operations and 10^12 bytes in a second."""
+    """Peak dense rates from the maker of a GPU: 10^12 operations and 10^12 bytes per second."""
 
     name: str
     tensor_tflops: float  # 16-bit products, float32 sums
@@ -41,25 +42,30 @@ DATA_SHEETS = {
 
 @dataclass(frozen=True)
 class Model:
-    """What one forward or backward has to do, and the floors under its time in microseconds."""
+    """The work of one forward or backward, and the lower bounds of its time in microseconds."""
 
     flops: int
     bytes_moved: int
-    bytes_scratch: int  # allocated for no longer than it takes
-    bytes_saved: int  # from the forward to the backward, besides its inputs and its output
+    bytes_scratch: int  # allocated only while it runs
+    bytes_saved: int  # by the forward for the backward, besides the inputs and the output
     launches: tuple[str, ...]
     compute_us: float
     memory_us: float
 
 
 def _tensors(launches: Sequence[Launch]) -> list[torch.Tensor]:
-    """The tensors that launches are given, each once."""
-    found = {}
+    """The tensors among the arguments of launches, each once."""
+    found: dict[int, torch.Tensor] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[id(value)] = value
+        elif isinstance(value, tuple):
+            for x in value:
+                visit(x)
+
     for launch in launches:
-        for argument in launch.arguments.values():
-            for x in argument if isinstance(argument, tuple) else (argument,):
-                if isinstance(x, torch.Tensor):
-                    found[id(x)] = x
+        visit(tuple(launch.arguments.values()))
     return list(found.values())
 
 
@@ -68,7 +74,7 @@ def model(
 ) -> Model:
     """The model of a forward, or of its backward, on queries of ``shape`` (batch, heads, G+T, head_dim).
 
-    It is one without a mask and dropout.
+    The call has no mask and no dropout.
     """
     batch, heads, _, head_dim = shape
     call = meta_call(pattern, shape, dtype, has_mask=False, has_dropout=False)
@@ -76,7 +82,7 @@ def model(
     launches, inputs, outputs = backward if is_backward else forward
     products = BACKWARD_PRODUCTS if is_backward else PRODUCTS
     flops = 2 * products * head_dim * batch * heads * num_scores(pattern, call.num_tokens)
-    # What launches only pass on to each other may stay in a cache; and so may what two of them read: a floor.
+    # Scratch between launches may stay in a cache, and so may a tensor that two launches read: bytes are a lower bound.
     is_kept = {id(x) for x in (*inputs, *outputs)}
     sizes = [(id(x) in is_kept, x.nbytes) for x in _tensors(launches)]
     moved, scratch = (sum(size for kind, size in sizes if kind == wanted) for wanted in (True, False))
@@ -94,12 +100,12 @@ def model(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the model of one shape, for each sparsity type and GPU asked for."""
+    """Print the model of one shape for each sparsity type and GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.static.model", description=__doc__)
     parser.add_argument("--target", nargs="+", choices=DATA_SHEETS, default=["sm_90"])
     parser.add_argument("--types", nargs="+", default=list(SPARSITY_TYPES), choices=SPARSITY_TYPES)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--backward", action="store_true", help="of the backward instead of the forward")
+    parser.add_argument("--backward", action="store_true", help="model the backward instead of the forward")
     sizes = {"batch": 1, "heads": 16, "tokens": 4096, "head-dim": 64}
     sizes |= {"block-size": 128, "sparse-block-size": 128, "sparsity-factor": 2, "num-global-tokens": 1}
     for name, default in sizes.items():
@@ -107,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     shape = options.batch, options.heads, options.num_global_tokens + options.tokens, options.head_dim
     name = "backward" if options.backward else "forward"
-    title = f"{name} of {shape} {options.dtype}: floors from data sheets, not times"
+    title = f"{name} of {shape} {options.dtype}: lower bounds from data sheets, not times"
     names = ("type", "GPU", "launches", "GFLOP", "MB moved", "MB scratch", "MB saved", "compute us", "memory us")
     table = Table(*names, title=title)
     for sparsity_type in options.types:
