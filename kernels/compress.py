@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .primitives import LEAST, head_ptr, is_kept, load_rows, mask_of, store_rows
+from .heads import head_keys, head_rows, locate_head, store_keys
+from .primitives import MIN_SCORE, is_kept, load_rows, mask_of, store_rows
 
 # Columns of head_dim at a time, where whole rows of a chunk would not fit into registers.
 _NORM_COLUMNS = tl.constexpr(64)
@@ -13,21 +14,14 @@ _LSH_EPS = tl.constexpr(1e-8)
 
 
 @triton.jit
-def _locate(programs, num_heads):
-    """The flat head, batch, head and tile of this program, of ``programs`` for each head."""
-    batch_head, tile = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
-    return batch_head, batch_head // num_heads, (batch_head % num_heads).to(tl.int32), tile
-
-
-@triton.jit
-def _squared_norms(k_ptr, k_strides, tokens, kept, V: tl.constexpr):
+def _squared_norms(k, tokens, kept, V: tl.constexpr):
     """Squared norms of keys in float32; -1 for padding, and inf for NaN so that any two norms compare."""
     norms = tl.zeros(tokens.shape, tl.float32)
     G: tl.constexpr = V.num_globals
     for column in tl.range(0, V.head_dim, _NORM_COLUMNS):
         offs_d = column + tl.arange(0, _NORM_COLUMNS)
-        k = load_rows(k_ptr, k_strides, G + tokens, kept, offs_d, V.head_dim).to(tl.float32)
-        norms += tl.sum(k * k, 1)
+        columns = load_rows(k, G + tokens, kept, offs_d, V.head_dim).to(tl.float32)
+        norms += tl.sum(columns * columns, 1)
     norms = tl.where(norms == norms, norms, float("inf"))
     return tl.where(kept, norms, -1.0)
 
@@ -36,39 +30,39 @@ def _squared_norms(k_ptr, k_strides, tokens, kept, V: tl.constexpr):
 def _lsg_norm_kernel(
     k_ptr, mask_ptr, index_ptr,
     k_strides, mask_batch_stride, mask_stride, num_heads, num_tokens, num_slots,
-    V: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr,
+    V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Rank BLOCK_C tokens of a chunk by norm: no sort, a rank is the number of tokens of the chunk that beat one.
 
-    Grid: batch * heads * chunks * cdiv(CHUNK, BLOCK_C). Each token of rank below CHUNK // f writes its own element of
-    ``index`` (batch, heads, slots) int32, in ascending order of norm: the token, or -1 if it is padding.
+    Grid: batch * heads * chunks * cdiv(V.chunk, BLOCK_C). Each token of rank below V.chunk // f writes its own element
+    of ``index`` (batch, heads, slots) int32, in ascending order of norm: the token, or -1 if it is padding.
     """
     G: tl.constexpr = V.num_globals
-    TILES: tl.constexpr = (CHUNK + BLOCK_C - 1) // BLOCK_C
-    CHOSEN: tl.constexpr = CHUNK // V.factor
-    batch_head, batch, head, tile = _locate(num_slots // CHOSEN * TILES, num_heads)
-    mask_row = mask_of(mask_ptr, mask_batch_stride, mask_stride, batch, V)
+    TILES: tl.constexpr = (V.chunk + BLOCK_C - 1) // BLOCK_C
+    CHOSEN: tl.constexpr = V.chunk // V.factor
+    head, tile = locate_head(num_slots // CHOSEN * TILES, num_heads)
+    mask = mask_of(mask_ptr, mask_batch_stride, mask_stride, head.batch, V)
     chunk = tile // TILES
-    k_ptr = head_ptr(k_ptr, k_strides, batch, head)
+    k = head_rows(k_ptr, k_strides, head)
     offs_m = tile % TILES * BLOCK_C + tl.arange(0, BLOCK_C)
-    tokens = chunk * CHUNK + offs_m
-    kept = is_kept(mask_row, G + tokens, (offs_m < CHUNK) & (tokens < num_tokens), V)
-    norms = _squared_norms(k_ptr, k_strides, tokens, kept, V)
+    tokens = chunk * V.chunk + offs_m
+    kept = is_kept(mask, G + tokens, (offs_m < V.chunk) & (tokens < num_tokens), V)
+    norms = _squared_norms(k, tokens, kept, V)
     rank = tl.zeros((BLOCK_C,), tl.int32)
-    for start in tl.static_range(0, CHUNK, BLOCK_C):
+    for start in tl.static_range(0, V.chunk, BLOCK_C):
         offs_n = start + tl.arange(0, BLOCK_C)
         other_norms = norms
         if TILES > 1:
-            others = chunk * CHUNK + offs_n
-            inside = (offs_n < CHUNK) & (others < num_tokens)
-            other_kept = is_kept(mask_row, G + others, inside, V)
-            other_norms = _squared_norms(k_ptr, k_strides, others, other_kept, V)
+            others = chunk * V.chunk + offs_n
+            inside = (offs_n < V.chunk) & (others < num_tokens)
+            other_kept = is_kept(mask, G + others, inside, V)
+            other_norms = _squared_norms(k, others, other_kept, V)
         larger = other_norms[None, :] > norms[:, None]
         earlier = (other_norms[None, :] == norms[:, None]) & (offs_n[None, :] < offs_m[:, None])
-        rank += tl.sum(((larger | earlier) & (offs_n < CHUNK)[None, :]).to(tl.int32), 1)
+        rank += tl.sum(((larger | earlier) & (offs_n < V.chunk)[None, :]).to(tl.int32), 1)
     slots = chunk * CHOSEN + CHOSEN - 1 - rank
     index = tl.where(kept, tokens, -1)
-    tl.store(index_ptr + batch_head * num_slots + slots, index, mask=(offs_m < CHUNK) & (rank < CHOSEN))
+    tl.store(index_ptr + head.flat * num_slots + slots, index, mask=(offs_m < V.chunk) & (rank < CHOSEN))
 
 
 @triton.jit(do_not_specialize=["mask_batch_stride", "num_tokens", "num_slots"])
@@ -84,24 +78,24 @@ def _lsg_pool_kernel(
     ``index`` (batch, heads, slots) int32 (the slot, or -1 if all of it is padding) and ``weight`` (batch, heads, T).
     """
     G: tl.constexpr = V.num_globals
-    batch_head, batch, head, tile = _locate(tl.cdiv(num_slots, BLOCK_N), num_heads)
-    mask_row = mask_of(mask_ptr, mask_batch_stride, mask_stride, batch, V)
-    k_ptr, v_ptr = head_ptr(k_ptr, k_strides, batch, head), head_ptr(v_ptr, v_strides, batch, head)
+    head, tile = locate_head(tl.cdiv(num_slots, BLOCK_N), num_heads)
+    mask = mask_of(mask_ptr, mask_batch_stride, mask_stride, head.batch, V)
+    keys = head_keys(k_ptr, k_strides, v_ptr, v_strides, head)
     offs_n, offs_d = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     inside = offs_n < num_slots
     if BY_QUERY:
         row = tl.full((1,), G, tl.int32)
-        q = load_rows(head_ptr(q_ptr, q_strides, batch, head), q_strides, row, row >= 0, offs_d, V.head_dim)
+        q = load_rows(head_rows(q_ptr, q_strides, head), row, row >= 0, offs_d, V.head_dim)
         q = q.to(tl.float32) * scale_log2  # (1, BLOCK_D)
     # 1. How many tokens each group has; of their scores, the maximum and the sum of exponentials.
     count, total = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
-    top = tl.full((BLOCK_N,), LEAST, tl.float32)
+    top = tl.full((BLOCK_N,), MIN_SCORE, tl.float32)
     for member in tl.range(0, V.factor):
         tokens = offs_n * V.factor + member
-        kept = is_kept(mask_row, G + tokens, inside & (tokens < num_tokens), V)
+        kept = is_kept(mask, G + tokens, inside & (tokens < num_tokens), V)
         count += kept.to(tl.float32)
         if BY_QUERY:
-            k = load_rows(k_ptr, k_strides, G + tokens, kept, offs_d, V.head_dim).to(tl.float32)
+            k = load_rows(keys.k, G + tokens, kept, offs_d, V.head_dim).to(tl.float32)
             score = tl.where(kept, tl.sum(q * k, 1), float("-inf"))
             new_top = tl.maximum(top, score)
             total = total * tl.exp2(top - new_top) + tl.exp2(score - new_top)
@@ -111,21 +105,19 @@ def _lsg_pool_kernel(
     for member in tl.range(0, V.factor):
         tokens = offs_n * V.factor + member
         exists = inside & (tokens < num_tokens)
-        kept = is_kept(mask_row, G + tokens, exists, V)
-        k = load_rows(k_ptr, k_strides, G + tokens, kept, offs_d, V.head_dim).to(tl.float32)
-        v = load_rows(v_ptr, v_strides, G + tokens, kept, offs_d, V.head_dim).to(tl.float32)
+        kept = is_kept(mask, G + tokens, exists, V)
+        k = load_rows(keys.k, G + tokens, kept, offs_d, V.head_dim).to(tl.float32)
+        v = load_rows(keys.v, G + tokens, kept, offs_d, V.head_dim).to(tl.float32)
         if BY_QUERY:
             weight = tl.where(kept, tl.exp2(tl.sum(q * k, 1) - top) / total, 0.0)
         else:
             weight = kept.to(tl.float32) / (count + _POOLING_EPS)
-        tl.store(weight_ptr + batch_head * num_tokens + tokens, weight, mask=exists)
+        tl.store(weight_ptr + head.flat * num_tokens + tokens, weight, mask=exists)
         sparse_k += weight[:, None] * k
         sparse_v += weight[:, None] * v
-    sparse_k_ptr = head_ptr(sparse_k_ptr, sparse_strides, batch, head)
-    sparse_v_ptr = head_ptr(sparse_v_ptr, sparse_strides, batch, head)
-    store_rows(sparse_k_ptr, sparse_strides, offs_n, inside, offs_d, sparse_k, V.head_dim)
-    store_rows(sparse_v_ptr, sparse_strides, offs_n, inside, offs_d, sparse_v, V.head_dim)
-    tl.store(index_ptr + batch_head * num_slots + offs_n, tl.where(count > 0.0, offs_n, -1), mask=inside)
+    slots = head_keys(sparse_k_ptr, sparse_strides, sparse_v_ptr, sparse_strides, head)
+    store_keys(slots, offs_n, inside, offs_d, sparse_k, sparse_v, V.head_dim)
+    tl.store(index_ptr + head.flat * num_slots + offs_n, tl.where(count > 0.0, offs_n, -1), mask=inside)
 
 
 @triton.jit
@@ -147,7 +139,7 @@ def _one_hot_dot(choice, x):
 
 @triton.jit
 def _hash(
-    k_ptr, k_strides, tokens, kept, direction_ptr, head, cluster,
+    k, tokens, kept, direction_ptr, head, cluster,
     CLUSTERED: tl.constexpr, HALF: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
     """The bucket of each token in a round into 2 HALF (or one more) buckets: the argmax of [p, -p].
@@ -164,10 +156,10 @@ def _hash(
         direction_ptr += head * (V.head_dim * HALF)
         for column in tl.range(0, V.head_dim, _LSH_COLUMNS):
             offs_d = column + tl.arange(0, _LSH_COLUMNS)
-            k = load_rows(k_ptr, k_strides, G + tokens, kept, offs_d, V.head_dim).to(tl.float32)
+            columns = load_rows(k, G + tokens, kept, offs_d, V.head_dim).to(tl.float32)
             inside = (offs_d < V.head_dim)[:, None] & (offs_h < HALF)[None, :]
             direction = tl.load(direction_ptr + offs_d[:, None] * HALF + offs_h[None, :], mask=inside, other=0.0)
-            products = tl.dot(k, direction, products, input_precision="ieee")
+            products = tl.dot(columns, direction, products, input_precision="ieee")
         if CLUSTERED:
             products = _one_hot_dot(cluster[:, None] == cluster[None, :], products)
         products = tl.where(products == products, products, 0.0)  # NaN would let the maximum be anywhere
@@ -180,7 +172,7 @@ def _hash(
 def _lsg_lsh_kernel(
     k_ptr, v_ptr, mask_ptr, direction_ptrs, index_ptr, sparse_k_ptr, sparse_v_ptr, slot_ptr, weight_ptr,
     k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_heads, num_tokens, num_slots,
-    V: tl.constexpr, CHUNK: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Cluster one chunk of tokens by hashing rounds, or as ``slot`` says where there are no directions; average each.
 
@@ -193,42 +185,41 @@ def _lsg_lsh_kernel(
     float32 and with directions ``slot`` (batch, heads, T) int32.
     """
     G: tl.constexpr = V.num_globals
-    CLUSTERS: tl.constexpr = CHUNK // V.factor
-    batch_head, batch, head, chunk = _locate(num_slots // CLUSTERS, num_heads)
-    mask_row = mask_of(mask_ptr, mask_batch_stride, mask_stride, batch, V)
-    k_ptr, v_ptr = head_ptr(k_ptr, k_strides, batch, head), head_ptr(v_ptr, v_strides, batch, head)
+    CLUSTERS: tl.constexpr = V.chunk // V.factor
+    head, chunk = locate_head(num_slots // CLUSTERS, num_heads)
+    mask = mask_of(mask_ptr, mask_batch_stride, mask_stride, head.batch, V)
+    keys = head_keys(k_ptr, k_strides, v_ptr, v_strides, head)
     offs_c = tl.arange(0, BLOCK_C)
-    tokens = chunk * CHUNK + offs_c
-    exists = (offs_c < CHUNK) & (tokens < num_tokens)
-    kept = is_kept(mask_row, G + tokens, exists, V)
+    tokens = chunk * V.chunk + offs_c
+    exists = (offs_c < V.chunk) & (tokens < num_tokens)
+    kept = is_kept(mask, G + tokens, exists, V)
     # 1. Hash, round by round, unless that was done.
     cluster = tl.zeros((BLOCK_C,), tl.int32)
-    slot_ptr += batch_head * num_tokens + tokens
+    slot_ptr += head.flat * num_tokens + tokens
     if direction_ptrs is None:
         cluster = tl.load(slot_ptr, mask=exists, other=0) - chunk * CLUSTERS
     else:
         for i in tl.static_range(len(direction_ptrs)):
             cluster = _hash(
-                k_ptr, k_strides, tokens, kept, direction_ptrs[i], head, cluster,
-                CLUSTERED=i > 0, HALF=(CHUNK if i + 1 < len(direction_ptrs) else CLUSTERS) // 2, V=V,
+                keys.k, tokens, kept, direction_ptrs[i], head.index, cluster,
+                CLUSTERED=i > 0, HALF=(V.chunk if i + 1 < len(direction_ptrs) else CLUSTERS) // 2, V=V,
             )  # fmt: skip
         tl.store(slot_ptr, chunk * CLUSTERS + cluster, mask=exists)
     # 2. Each token's weight.
     same = (cluster[:, None] == cluster[None, :]) & kept[None, :]
     weight = kept.to(tl.float32) / (tl.sum(same.to(tl.float32), 1) + _LSH_EPS)
-    tl.store(weight_ptr + batch_head * num_tokens + tokens, weight, mask=exists)
+    tl.store(weight_ptr + head.flat * num_tokens + tokens, weight, mask=exists)
     # 3. Average the tokens of each slot.
     offs_n = tl.arange(0, BLOCK_N)
     slots, inside = chunk * CLUSTERS + offs_n, offs_n < CLUSTERS
     member = (offs_n[:, None] == cluster[None, :]) & kept[None, :]  # (BLOCK_N, BLOCK_C)
     count = tl.sum(member.to(tl.float32), 1)
     share = (1.0 / (count + _LSH_EPS))[:, None]
-    sparse_k_ptr = head_ptr(sparse_k_ptr, sparse_strides, batch, head)
-    sparse_v_ptr = head_ptr(sparse_v_ptr, sparse_strides, batch, head)
+    sparse = head_keys(sparse_k_ptr, sparse_strides, sparse_v_ptr, sparse_strides, head)
     for column in tl.range(0, V.head_dim, _LSH_COLUMNS):
         offs_d = column + tl.arange(0, _LSH_COLUMNS)
-        k = load_rows(k_ptr, k_strides, G + tokens, kept, offs_d, V.head_dim)
-        store_rows(sparse_k_ptr, sparse_strides, slots, inside, offs_d, _one_hot_dot(member, k) * share, V.head_dim)
-        v = load_rows(v_ptr, v_strides, G + tokens, kept, offs_d, V.head_dim)
-        store_rows(sparse_v_ptr, sparse_strides, slots, inside, offs_d, _one_hot_dot(member, v) * share, V.head_dim)
-    tl.store(index_ptr + batch_head * num_slots + slots, tl.where(count > 0.0, slots, -1), mask=inside)
+        k = load_rows(keys.k, G + tokens, kept, offs_d, V.head_dim)
+        store_rows(sparse.k, slots, inside, offs_d, _one_hot_dot(member, k) * share, V.head_dim)
+        v = load_rows(keys.v, G + tokens, kept, offs_d, V.head_dim)
+        store_rows(sparse.v, slots, inside, offs_d, _one_hot_dot(member, v) * share, V.head_dim)
+    tl.store(index_ptr + head.flat * num_slots + slots, tl.where(count > 0.0, slots, -1), mask=inside)

@@ -1,62 +1,99 @@
-"""Tile helpers that the kernels share: addresses, padding, the online softmax and dropout."""
+"""Tile helpers that the kernels share: rows of tensors, padding, the online softmax and dropout."""
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
 # Where a row's maximum starts: finite, so that a row that has seen nothing never computes inf - inf.
-LEAST = tl.constexpr(-3.0e38)
+MIN_SCORE = tl.constexpr(-3.0e38)
+
+
+class Rows(NamedTuple):
+    """The rows x[i, j] of a 4-D tensor x, such as those of one head: a pointer to the first, and x's strides."""
+
+    ptr: Any
+    strides: Any
+
+
+class Mask(NamedTuple):
+    """The mask of one batch entry: a pointer to its first column, and the stride; both 0 where there is no mask."""
+
+    ptr: Any
+    stride: Any
+
+
+class Softmax(NamedTuple):
+    """The online softmax of a tile of queries: acc (BLOCK_M, BLOCK_D), row_max and row_sum (BLOCK_M,), float32."""
+
+    acc: Any
+    row_max: Any
+    row_sum: Any
+
+
+class Generator(NamedTuple):
+    """What dropout draws with in one head: the head's first counter, and the counters of a group of four rows."""
+
+    seed: Any
+    threshold: Any
+    first: Any
+    columns: Any
+
+
+class Draws(NamedTuple):
+    """What dropout draws with in a tile: ``counters`` (groups of four rows,) int64, each group's first counter."""
+
+    seed: Any
+    threshold: Any
+    counters: Any
 
 
 @triton.jit
-def head_ptr(ptr, strides, batch, head):
-    """The first element of one head of a (batch, heads, length, head_dim) tensor."""
-    return ptr + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
+def rows_at(ptr, strides, i, j):
+    """The Rows x[i, j] of the tensor x at ``ptr``."""
+    return Rows(ptr + i.to(tl.int64) * strides[0] + j.to(tl.int64) * strides[1], strides)
 
 
 @triton.jit
-def row_ptrs(ptr, strides, rows, offs_d):
-    """Pointers (rows, BLOCK_D) to elements of one head; 64-bit, as a row times its stride may pass 2^31."""
-    return ptr + rows.to(tl.int64)[:, None] * strides[2] + offs_d.to(tl.int64)[None, :] * strides[3]
+def row_ptrs(x, rows, offs_d):
+    """Pointers (rows, BLOCK_D) to elements of Rows; 64-bit, as a row times its stride may pass 2^31."""
+    return x.ptr + rows.to(tl.int64)[:, None] * x.strides[2] + offs_d.to(tl.int64)[None, :] * x.strides[3]
 
 
 @triton.jit
-def load_rows(ptr, strides, rows, readable, offs_d, HEAD_DIM: tl.constexpr):
-    """Rows of one head as a (rows, BLOCK_D) tile, 0 where not ``readable`` and past head_dim."""
+def load_rows(x, rows, readable, offs_d, HEAD_DIM: tl.constexpr):
+    """A (rows, BLOCK_D) tile of Rows, 0 where not ``readable`` and past head_dim."""
     mask = readable[:, None]
     if offs_d.shape[0] != HEAD_DIM:
         mask = mask & (offs_d < HEAD_DIM)[None, :]
-    return tl.load(row_ptrs(ptr, strides, rows, offs_d), mask=mask, other=0.0)
+    return tl.load(row_ptrs(x, rows, offs_d), mask=mask, other=0.0)
 
 
 @triton.jit
-def store_rows(ptr, strides, rows, inside, offs_d, tile, HEAD_DIM: tl.constexpr):
-    """Write a (rows, BLOCK_D) tile to the rows of one head that are ``inside``, in the tensor's dtype."""
+def store_rows(x, rows, inside, offs_d, tile, HEAD_DIM: tl.constexpr):
+    """Write a (rows, BLOCK_D) tile to the Rows that are ``inside``, in the tensor's dtype."""
     mask = inside[:, None]
     if offs_d.shape[0] != HEAD_DIM:
         mask = mask & (offs_d < HEAD_DIM)[None, :]
-    tl.store(row_ptrs(ptr, strides, rows, offs_d), tile.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(row_ptrs(x, rows, offs_d), tile.to(x.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def mask_of(mask_ptr, batch_stride, stride, batch, V: tl.constexpr):
-    """Pointer and stride of the mask's row of one batch entry."""
+    """The Mask of one batch entry."""
     if V.has_mask:
-        return mask_ptr + batch.to(tl.int64) * batch_stride, stride
+        return Mask(mask_ptr + batch.to(tl.int64) * batch_stride, stride)
     else:
-        return 0, 0  # as a function can not return the None that mask_ptr is
+        return Mask(0, 0)  # a function cannot return the None that mask_ptr is
 
 
 @triton.jit
-def is_kept(mask_row, positions, inside, V: tl.constexpr):
-    """Which positions of the sequence are tokens, of those ``inside`` it.
-
-    ``mask_row``: from :func:`mask_of`; the row's first column is position ``V.mask_first``.
-    """
+def is_kept(mask, positions, inside, V: tl.constexpr):
+    """Which positions of the sequence are tokens, of those ``inside`` it. Column 0 is position ``V.mask_first``."""
     if V.has_mask:
-        ptr, stride = mask_row
         column = positions - V.mask_first
-        kept = tl.load(ptr + column.to(tl.int64) * stride, mask=inside & (column >= 0), other=1) != 0
+        kept = tl.load(mask.ptr + column.to(tl.int64) * mask.stride, mask=inside & (column >= 0), other=1) != 0
         return inside & kept
     else:
         return inside
@@ -64,29 +101,28 @@ def is_kept(mask_row, positions, inside, V: tl.constexpr):
 
 @triton.jit
 def softmax_start(BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The softmax of rows that have seen nothing: accumulator, maximum and sum of each row."""
+    """The Softmax of queries that have seen nothing."""
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    return acc, tl.full((BLOCK_M,), LEAST, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    return Softmax(acc, tl.full((BLOCK_M,), MIN_SCORE, tl.float32), tl.zeros((BLOCK_M,), tl.float32))
 
 
 @triton.jit
 def softmax_step(state, scores, v, keeps, scale_log2):
-    """Take the scores of one tile of keys into the softmax of a tile of queries (arXiv 2307.08691, algorithm 1).
+    """Take the scores of one tile of keys into the Softmax of a tile of queries (arXiv 2307.08691, algorithm 1).
 
     scores: (BLOCK_M, BLOCK_N), -inf where a key is not visible; v: (BLOCK_N, BLOCK_D); keeps: the probabilities that
     dropout keeps, (BLOCK_M, BLOCK_N), or None. The maximum is of scores before scaling: the scale, which must be
     positive, is part of the exponent's one multiply-add.
     """
-    acc, row_max, row_sum = state
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
-    rescale = tl.exp2((row_max - new_max) * scale_log2)
-    shift = tl.maximum(new_max * scale_log2, LEAST)  # a large scale would take LEAST to -inf
+    new_max = tl.maximum(state.row_max, tl.max(scores, 1))
+    rescale = tl.exp2((state.row_max - new_max) * scale_log2)
+    shift = tl.maximum(new_max * scale_log2, MIN_SCORE)  # a large scale would take MIN_SCORE to -inf
     probs = tl.exp2(scores * scale_log2 - shift[:, None])
-    row_sum = row_sum * rescale + tl.sum(probs, 1)
+    row_sum = state.row_sum * rescale + tl.sum(probs, 1)
     if keeps is not None:
         probs = tl.where(keeps, probs, 0.0)
-    acc = tl.dot(probs.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
-    return acc, new_max, row_sum
+    acc = tl.dot(probs.to(v.dtype), v, state.acc * rescale[:, None], input_precision="ieee")
+    return Softmax(acc, new_max, row_sum)
 
 
 @triton.jit
@@ -95,10 +131,9 @@ def softmax_end(state, scale_log2):
 
     With +inf a backward's ``exp(score - lse)`` is 0 there, where -inf would make it NaN.
     """
-    acc, row_max, row_sum = state
-    empty = row_sum == 0.0
-    lse = (row_max * scale_log2 + tl.log2(row_sum)) * LN2
-    return acc / tl.where(empty, 1.0, row_sum)[:, None], tl.where(empty, float("inf"), lse)
+    empty = state.row_sum == 0.0
+    lse = (state.row_max * scale_log2 + tl.log2(state.row_sum)) * LN2
+    return state.acc / tl.where(empty, 1.0, state.row_sum)[:, None], tl.where(empty, float("inf"), lse)
 
 
 @triton.jit
@@ -117,21 +152,21 @@ def score_gradients(scores, dprobs, lse_log2, delta, keeps, scale_log2, kept_sca
 
 
 @triton.jit
-def generator_of(seed, threshold, batch_head, num_tokens, num_slots, V: tl.constexpr):
-    """What dropout draws with in one head: seed, threshold, the head's first counter, counters of a group of rows.
+def generator_of(seed, threshold, flat_head, num_tokens, num_slots, V: tl.constexpr):
+    """The Generator of one head.
 
     A group is four queries, of the globals or of the tokens, which start their own; each column of it is a counter.
     """
     groups = (V.num_globals + 3) // 4 + tl.cdiv(num_tokens, 4)
     columns = (V.num_globals + num_tokens + num_slots).to(tl.int64)
-    return seed, threshold, batch_head * groups * columns, columns
+    return Generator(seed, threshold, flat_head * groups * columns, columns)
 
 
 @triton.jit
 def draws_of(generator, group, ROWS: tl.constexpr):
-    """What dropout draws with in ROWS rows from ``group`` on: seed, threshold, each group's first counter."""
-    seed, threshold, first, columns = generator
-    return seed, threshold, first + (group + tl.arange(0, ROWS // 4)) * columns
+    """The Draws of ROWS rows from ``group`` on."""
+    counters = generator.first + (group + tl.arange(0, ROWS // 4)) * generator.columns
+    return Draws(generator.seed, generator.threshold, counters)
 
 
 @triton.jit
@@ -140,16 +175,15 @@ def dropout_keeps(draws, columns, ROWS: tl.constexpr, TRANSPOSED: tl.constexpr):
 
     Philox (Salmon et al., SC 2011) counted by head, group of four query rows, and key column: no draw depends on the
     sizes of tiles. A counter's four words go to the four rows of its group, as tiles start at a multiple of four
-    rows but at any key. ``draws``: from :func:`draws_of`. TRANSPOSED: the tile is (columns, ROWS).
+    rows but at any key. TRANSPOSED: the tile is (columns, ROWS).
     """
-    seed, threshold, counters = draws
     COLUMNS: tl.constexpr = columns.shape[0]
     if TRANSPOSED:
-        a, b, c, d = tl.randint4x(seed, columns[:, None] + counters[None, :])
+        a, b, c, d = tl.randint4x(draws.seed, columns[:, None] + draws.counters[None, :])
         words = tl.join(tl.join(a, b), tl.join(c, d))  # (columns, ROWS // 4, 2, 2)
         words = tl.reshape(tl.permute(words, (0, 1, 3, 2)), (COLUMNS, ROWS))
     else:
-        a, b, c, d = tl.randint4x(seed, counters[:, None] + columns[None, :])
+        a, b, c, d = tl.randint4x(draws.seed, draws.counters[:, None] + columns[None, :])
         words = tl.join(tl.join(a, b), tl.join(c, d))  # (ROWS // 4, columns, 2, 2)
         words = tl.reshape(tl.permute(words, (0, 3, 2, 1)), (ROWS, COLUMNS))
-    return (words.to(tl.uint32, bitcast=True) >> 1).to(tl.int32) >= threshold
+    return (words.to(tl.uint32, bitcast=True) >> 1).to(tl.int32) >= draws.threshold

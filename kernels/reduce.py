@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .primitives import LN2, head_ptr, is_kept, load_rows, mask_of
+from .heads import head_keys, head_rows, locate_head
+from .primitives import LN2, Rows, is_kept, load_rows, mask_of, rows_at
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -16,15 +17,13 @@ def _lsg_bwd_delta_kernel(
 
     Grid: batch * heads * cdiv(length, BLOCK_M). Writes ``delta`` (batch, heads, length) float32.
     """
-    tiles = tl.cdiv(length, BLOCK_M)
-    batch_head, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    batch, head = batch_head // num_heads, batch_head % num_heads
+    head, tile = locate_head(tl.cdiv(length, BLOCK_M), num_heads)
     offs_m, offs_d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     inside = offs_m < length
-    out = load_rows(head_ptr(out_ptr, out_strides, batch, head), out_strides, offs_m, inside, offs_d, HEAD_DIM)
-    dout = load_rows(head_ptr(dout_ptr, dout_strides, batch, head), dout_strides, offs_m, inside, offs_d, HEAD_DIM)
+    out = load_rows(head_rows(out_ptr, out_strides, head), offs_m, inside, offs_d, HEAD_DIM)
+    dout = load_rows(head_rows(dout_ptr, dout_strides, head), offs_m, inside, offs_d, HEAD_DIM)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    tl.store(delta_ptr + batch_head * length + offs_m, delta, mask=inside)
+    tl.store(delta_ptr + head.flat * length + offs_m, delta, mask=inside)
 
 
 @triton.jit(do_not_specialize=["mask_batch_stride", "num_tokens", "num_slots"])
@@ -44,60 +43,57 @@ def _lsg_bwd_weights_kernel(
     in it, and what these tokens give to the query, ``bos_part`` (batch * heads, cdiv(num_tokens, BLOCK_M), head_dim).
     """
     tiles = tl.cdiv(num_tokens, BLOCK_M)
-    batch_head, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    batch, head = batch_head // num_heads, batch_head % num_heads
-    mask_row = mask_of(mask_ptr, mask_batch_stride, mask_stride, batch, V)
+    head, tile = locate_head(tiles, num_heads)
+    mask = mask_of(mask_ptr, mask_batch_stride, mask_stride, head.batch, V)
     offs_n, offs_d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     positions, slots, inside = V.num_globals + offs_n, offs_n // V.factor, offs_n < num_tokens
-    kept = is_kept(mask_row, positions, inside, V)
+    kept = is_kept(mask, positions, inside, V)
     # 1. What each weight's gradient is above the mean of its slot's.
-    k = load_rows(head_ptr(k_ptr, k_strides, batch, head), k_strides, positions, kept, offs_d, V.head_dim)
-    v = load_rows(head_ptr(v_ptr, v_strides, batch, head), v_strides, positions, kept, offs_d, V.head_dim)
-    sparse_k_ptr = head_ptr(sparse_k_ptr, sparse_strides, batch, head)
-    sparse_v_ptr = head_ptr(sparse_v_ptr, sparse_strides, batch, head)
-    sparse_k = load_rows(sparse_k_ptr, sparse_strides, slots, kept, offs_d, V.head_dim)
-    sparse_v = load_rows(sparse_v_ptr, sparse_strides, slots, kept, offs_d, V.head_dim)
-    dslot_k_ptr = head_ptr(dslot_k_ptr, slot_strides, batch, head)
-    dslot_v_ptr = head_ptr(dslot_v_ptr, slot_strides, batch, head)
-    dslot_k = load_rows(dslot_k_ptr, slot_strides, slots, kept, offs_d, V.head_dim)
-    dslot_v = load_rows(dslot_v_ptr, slot_strides, slots, kept, offs_d, V.head_dim)
-    k = k.to(tl.float32)
-    excess = tl.sum(dslot_k * (k - sparse_k.to(tl.float32)), 1)
-    excess += tl.sum(dslot_v * (v.to(tl.float32) - sparse_v.to(tl.float32)), 1)
+    keys = head_keys(k_ptr, k_strides, v_ptr, v_strides, head)
+    k = load_rows(keys.k, positions, kept, offs_d, V.head_dim).to(tl.float32)
+    v = load_rows(keys.v, positions, kept, offs_d, V.head_dim).to(tl.float32)
+    sparse = head_keys(sparse_k_ptr, sparse_strides, sparse_v_ptr, sparse_strides, head)
+    sparse_k = load_rows(sparse.k, slots, kept, offs_d, V.head_dim).to(tl.float32)
+    sparse_v = load_rows(sparse.v, slots, kept, offs_d, V.head_dim).to(tl.float32)
+    dslots = head_keys(dslot_k_ptr, slot_strides, dslot_v_ptr, slot_strides, head)
+    dslot_k = load_rows(dslots.k, slots, kept, offs_d, V.head_dim)
+    dslot_v = load_rows(dslots.v, slots, kept, offs_d, V.head_dim)
+    excess = tl.sum(dslot_k * (k - sparse_k), 1)
+    excess += tl.sum(dslot_v * (v - sparse_v), 1)
     # 2. The scores' gradients, and the query's.
-    weight = tl.load(weight_ptr + batch_head * num_tokens + offs_n, mask=kept, other=0.0)
+    weight = tl.load(weight_ptr + head.flat * num_tokens + offs_n, mask=kept, other=0.0)
     dscore = excess * weight * (scale_log2 * LN2)
-    tl.store(dscore_ptr + batch_head * num_tokens + offs_n, dscore, mask=inside)
-    bos_part_ptr += (batch_head * tiles + tile) * V.head_dim
+    tl.store(dscore_ptr + head.flat * num_tokens + offs_n, dscore, mask=inside)
+    bos_part_ptr += (head.flat * tiles + tile) * V.head_dim
     tl.store(bos_part_ptr + offs_d, tl.sum(dscore[:, None] * k, 0), mask=offs_d < V.head_dim)
 
 
 @triton.jit
-def _sum_parts(part_ptr, strides, num_parts, offs_d, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The sum (BLOCK_D,) of rows ``part`` (num_parts, head_dim), in an order that only their number decides."""
+def _sum_parts(parts, num_parts, offs_d, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The sum (BLOCK_D,) of Rows (num_parts, head_dim), in an order that only their number decides."""
     acc = tl.zeros(offs_d.shape, tl.float32)
     for start in tl.range(0, num_parts, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
-        acc += tl.sum(load_rows(part_ptr, strides, offs_n, offs_n < num_parts, offs_d, HEAD_DIM), 0)
+        acc += tl.sum(load_rows(parts, offs_n, offs_n < num_parts, offs_d, HEAD_DIM), 0)
     return acc
 
 
 @triton.jit
-def _row_of(ptr, strides, batch_head, num_heads, row, offs_d):
+def _one_row(ptr, strides, head, row, offs_d):
     """Pointers (BLOCK_D,) to one row of one head of a tensor (batch, heads, length, head_dim)."""
-    ptr = head_ptr(ptr, strides, batch_head // num_heads, batch_head % num_heads)
-    return ptr + row.to(tl.int64) * strides[2] + offs_d.to(tl.int64) * strides[3]
+    rows = head_rows(ptr, strides, head)
+    return rows.ptr + row.to(tl.int64) * strides[2] + offs_d.to(tl.int64) * strides[3]
 
 
 @triton.jit
 def _combine_row(
-    part_ptr, part_strides, grad_ptr, grad_strides, batch_head, num_heads, row, num_parts, offs_d,
+    part_ptr, part_strides, grad_ptr, grad_strides, head, row, num_parts, offs_d,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Write the sum of the parts of one row of a gradient."""
     by_part = (part_strides[0], part_strides[2], part_strides[1], part_strides[3])  # the parts of a row as its rows
-    acc = _sum_parts(head_ptr(part_ptr, by_part, batch_head, row), by_part, num_parts, offs_d, HEAD_DIM, BLOCK_N)
-    ptrs = _row_of(grad_ptr, grad_strides, batch_head, num_heads, row, offs_d)
+    acc = _sum_parts(rows_at(part_ptr, by_part, head.flat, row), num_parts, offs_d, HEAD_DIM, BLOCK_N)
+    ptrs = _one_row(grad_ptr, grad_strides, head, row, offs_d)
     tl.store(ptrs, acc.to(grad_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
 
 
@@ -114,24 +110,21 @@ def _lsg_bwd_combine_kernel(
     """
     HAS_BOS: tl.constexpr = bos_part_ptr is not None
     ROWS: tl.constexpr = NUM_GLOBALS + HAS_BOS
-    batch_head, row = (tl.program_id(0) // ROWS).to(tl.int64), tl.program_id(0) % ROWS
+    head, row = locate_head(ROWS, num_heads)
     offs_d = tl.arange(0, BLOCK_D)
     if row < NUM_GLOBALS:
         _combine_row(
-            dq_part_ptr, part_strides, dq_ptr, dq_strides, batch_head, num_heads, row, num_parts, offs_d,
-            HEAD_DIM, BLOCK_N,
+            dq_part_ptr, part_strides, dq_ptr, dq_strides, head, row, num_parts, offs_d, HEAD_DIM, BLOCK_N
         )  # fmt: skip
         _combine_row(
-            dk_part_ptr, part_strides, dk_ptr, dk_strides, batch_head, num_heads, row, num_parts, offs_d,
-            HEAD_DIM, BLOCK_N,
+            dk_part_ptr, part_strides, dk_ptr, dk_strides, head, row, num_parts, offs_d, HEAD_DIM, BLOCK_N
         )  # fmt: skip
         _combine_row(
-            dv_part_ptr, part_strides, dv_ptr, dv_strides, batch_head, num_heads, row, num_parts, offs_d,
-            HEAD_DIM, BLOCK_N,
+            dv_part_ptr, part_strides, dv_ptr, dv_strides, head, row, num_parts, offs_d, HEAD_DIM, BLOCK_N
         )  # fmt: skip
     elif HAS_BOS:
-        parts = bos_part_ptr + batch_head * num_tiles * HEAD_DIM
-        acc = _sum_parts(parts, (0, 0, HEAD_DIM, 1), num_tiles, offs_d, HEAD_DIM, BLOCK_N)
-        ptrs, inside = _row_of(dq_ptr, dq_strides, batch_head, num_heads, row, offs_d), offs_d < HEAD_DIM
+        parts = Rows(bos_part_ptr + head.flat * num_tiles * HEAD_DIM, (0, 0, HEAD_DIM, 1))
+        acc = _sum_parts(parts, num_tiles, offs_d, HEAD_DIM, BLOCK_N)
+        ptrs, inside = _one_row(dq_ptr, dq_strides, head, row, offs_d), offs_d < HEAD_DIM
         acc += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
         tl.store(ptrs, acc.to(dq_ptr.dtype.element_ty), mask=inside)

@@ -10,27 +10,25 @@ _LOOKED_UP = tl.constexpr(64)
 
 
 @triton.jit
-def _slots_of(tokens, first, last, source, slot_ptr, num_slots, V: tl.constexpr):
+def _slots_of(tokens, first, last, source, slot_ptr, V: tl.constexpr):
     """The slot of each of ``tokens``, of which those in the sequence are within [first, last]; -1 where it has none."""
-    _, index_ptr, head, num_tokens = source
     if V.sparsity == "stride":
-        return tl.where(tokens % V.factor == head % V.factor, tokens // V.factor, -1)
+        return tl.where(tokens % V.factor == source.head % V.factor, tokens // V.factor, -1)
     elif V.sparsity == "block_stride":
-        offset = (tokens % V.block + V.block - head * V.step % V.block) % V.block
+        offset = (tokens % V.block + V.block - source.head * V.step % V.block) % V.block
         return tl.where(offset < V.step, tokens // V.block * V.step + offset, -1)
     elif V.sparsity == "compressed":
         if slot_ptr is None:
             return tokens // V.factor
         else:
-            return tl.load(slot_ptr + tokens, mask=tokens < num_tokens, other=-1)
+            return tl.load(slot_ptr + tokens, mask=tokens < source.num_tokens, other=-1)
     else:  # the slots of the tokens' chunks say which tokens they have
-        CHUNK: tl.constexpr = V.block if V.block < V.reach else V.reach
-        CHOSEN: tl.constexpr = CHUNK // V.factor
+        CHOSEN: tl.constexpr = V.chunk // V.factor
         slots = tl.full(tokens.shape, -1, tl.int32)
-        stop = tl.minimum((last // CHUNK + 1) * CHOSEN, num_slots)
-        for start in tl.range(first // CHUNK * CHOSEN, stop, _LOOKED_UP):
+        stop = tl.minimum((last // V.chunk + 1) * CHOSEN, source.num_slots)
+        for start in tl.range(first // V.chunk * CHOSEN, stop, _LOOKED_UP):
             offs_n = start + tl.arange(0, _LOOKED_UP)
-            chosen = tl.load(index_ptr + offs_n, mask=offs_n < stop, other=-1)
+            chosen = tl.load(source.index_ptr + offs_n, mask=offs_n < stop, other=-1)
             found = tl.where(chosen[None, :] == tokens[:, None], offs_n[None, :], -1)
             slots = tl.maximum(slots, tl.max(found, 1))
         return slots
@@ -38,20 +36,18 @@ def _slots_of(tokens, first, last, source, slot_ptr, num_slots, V: tl.constexpr)
 
 @triton.jit
 def add_slots(
-    dk, dv, first_row, source, dslots, weight_ptr, slot_ptr, num_slots,
+    dk, dv, first_row, source, dslots, weight_ptr, slot_ptr,
     V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Bring the gradients of slots back to the BLOCK_M tokens that they were made from, through the tokens' weights."""
-    dslot_k_ptr, dslot_v_ptr, slot_strides = dslots
-    num_tokens = source[3]
+    """Add the gradients of slots, Keys, to those of the BLOCK_M tokens that they were made of, each by its weight."""
     offs_n, offs_d = first_row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    kept = is_kept(source[0], V.num_globals + offs_n, offs_n < num_tokens, V)
-    last = tl.minimum(first_row + BLOCK_M, num_tokens) - 1
-    rows = _slots_of(offs_n, first_row, last, source, slot_ptr, num_slots, V)
-    kept = kept & (rows >= 0)
+    kept = is_kept(source.mask, V.num_globals + offs_n, offs_n < source.num_tokens, V)
+    last = tl.minimum(first_row + BLOCK_M, source.num_tokens) - 1
+    slots = _slots_of(offs_n, first_row, last, source, slot_ptr, V)
+    kept = kept & (slots >= 0)
     weight = 1.0
     if V.sparsity == "compressed":
         weight = tl.load(weight_ptr + offs_n, mask=kept, other=0.0)[:, None]
-    dk += weight * load_rows(dslot_k_ptr, slot_strides, rows, kept, offs_d, V.head_dim)
-    dv += weight * load_rows(dslot_v_ptr, slot_strides, rows, kept, offs_d, V.head_dim)
+    dk += weight * load_rows(dslots.k, slots, kept, offs_d, V.head_dim)
+    dv += weight * load_rows(dslots.v, slots, kept, offs_d, V.head_dim)
     return dk, dv

@@ -56,7 +56,7 @@ class Variant(NamedTuple):
     Attributes:
         sparsity: how a slot's key is found: ``"none"``; ``"stride"`` and ``"block_stride"``, a row of the keys by
             arithmetic; ``"indexed"``, a row of the keys by index; ``"compressed"``, a row of its own.
-        num_globals, block, step, reach, factor: G, B, B // f, s and f of the pattern.
+        num_globals, block, step, reach, factor, chunk: G, B, B // f, s, f and min(B, s) of the pattern.
         head_dim: elements of a row; tiles are padded to a power of two.
         has_mask, mask_first: whether there is a mask, and the position of its first column, 0 or G.
         has_dropout: whether probabilities are dropped.
@@ -68,6 +68,7 @@ class Variant(NamedTuple):
     step: int
     reach: int
     factor: int
+    chunk: int
     head_dim: int
     has_mask: bool
     mask_first: int
@@ -103,6 +104,7 @@ def variant_of(call: Call) -> Variant:
         step=pattern.step if sparse else 0,
         reach=min(pattern.sparse_block_size, _FAR) if sparse else 0,
         factor=pattern.sparsity_factor if sparse else 0,
+        chunk=min(pattern.chunk, _FAR) if sparse else 0,
         head_dim=call.query.shape[3],
         has_mask=mask is not None,
         mask_first=call.query.shape[2] - mask.shape[1] if mask is not None else 0,

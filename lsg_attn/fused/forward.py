@@ -81,7 +81,7 @@ def plan_compression(call: Call, results: Results, target: str) -> list[Launch]:
     if compression == "norm":
         block_c = min(_RANKED, max(16, next_power_of_2(pattern.chunk)))
         del arguments["v_ptr"], arguments["v_strides"]
-        arguments |= {"CHUNK": pattern.chunk, "BLOCK_C": block_c}
+        arguments["BLOCK_C"] = block_c
         programs = heads * _num_chunks(call) * cdiv(pattern.chunk, block_c)
         return [Launch(_lsg_norm_kernel, programs, arguments, NORM)]
     arguments |= {
@@ -104,7 +104,6 @@ def plan_compression(call: Call, results: Results, target: str) -> list[Launch]:
     arguments |= {
         "slot_ptr": results.slot,
         "direction_ptrs": call.directions or None,
-        "CHUNK": pattern.chunk,
         "BLOCK_C": max(16, next_power_of_2(pattern.chunk)),
         "BLOCK_N": max(16, next_power_of_2(pattern.chunk // pattern.sparsity_factor)),
     }
