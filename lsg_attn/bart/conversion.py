@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from einops import rearrange, repeat
 from packaging.version import Version
 from torch import Tensor
 from transformers import (
@@ -183,7 +184,8 @@ def convert_checkpoint(
 def repeat_positions(weight: Tensor, length: int) -> Tensor:
     """BART's position embeddings (2 + n, d_model), whose first two rows are no positions, as (2 + length, d_model)."""
     offset, rows = weight[:_OFFSET], weight[_OFFSET:]
-    return torch.cat([offset, rows.repeat(-(-length // len(rows)), 1)[:length]])
+    copies = -(-length // len(rows))
+    return torch.cat([offset, repeat(rows, "n d -> (copies n) d", copies=copies)[:length]])
 
 
 def spread_positions(positions: Tensor, stride: int, generator: torch.Generator) -> Tensor:
@@ -205,8 +207,8 @@ def spread_positions(positions: Tensor, stride: int, generator: torch.Generator)
     if (missing := GLOBAL_ROWS - len(positions)) > 0:
         drawn = torch.randn(missing, positions.shape[1], generator=generator)
         positions = torch.cat([positions, positions.mean(dim=0) + drawn * positions.std(dim=0)])
-    passes: Tensor = positions[::factor][:GLOBAL_ROWS].unflatten(0, (-1, step)).transpose(0, 1)
-    return passes.flatten(0, 1)
+    kept = positions[::factor][:GLOBAL_ROWS]
+    return rearrange(kept, "(n passes) d -> (passes n) d", passes=step)
 
 
 def _global_rows(base: BartModel, bos: int, mask: int | None, stride: int, seed: int) -> Tensor:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 from transformers import (
     BartForCausalLM,
@@ -180,7 +181,7 @@ class LSGBartEncoder(LSGBartPreTrainedModel, BartEncoder):
         device = inputs_embeds.device
         positions = self.embed_positions(inputs_embeds[..., -1]).to(device)  # of what it is given, it reads the shape
         rows = torch.arange(self.num_global_tokens, device=device)
-        global_states = self.global_embeddings(rows).expand(len(inputs_embeds), -1, -1)
+        global_states = repeat(self.global_embeddings(rows), "g d -> b g d", b=len(inputs_embeds))
         hidden_states = self.layernorm_embedding(torch.cat([global_states, inputs_embeds + positions], dim=1))
         return nn.functional.dropout(hidden_states, self.dropout, self.training)
 
