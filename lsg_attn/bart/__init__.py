@@ -1,10 +1,10 @@
-"""LSG-BART for transformers: ``import lsg_attn.bart`` also registers it with the Auto classes."""
+"""LSG-BART for transformers. Importing this package registers LSG-BART with the Auto classes."""
 
 import transformers
 from packaging.version import Version
 
 if (found := Version(transformers.__version__)) < Version("4.44.2") or found == Version("5.0.0"):
-    # 5.0.0 leaves the tied weights of old .bin files untied
+    # transformers 5.0.0 does not tie the weights of old .bin checkpoints
     raise ImportError(f"lsg_attn.bart: expected transformers >= 4.44.2 other than 5.0.0, got {found}")
 
 from .auto import register

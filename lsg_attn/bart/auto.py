@@ -1,4 +1,4 @@
-"""Registration with transformers' Auto classes, so that LSG-BART directories never load as plain BART."""
+"""Registration with transformers' Auto classes: LSG-BART checkpoints never load as plain BART."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import (
     BartTokenizerFast,
 )
 
-from .configuration import LSGBartConfig, is_published_lsg, modernised
+from .configuration import LSGBartConfig, is_published_lsg, upgrade_config_dict
 from .modeling import (
     LSGBartForCausalLM,
     LSGBartForConditionalGeneration,
@@ -28,33 +28,33 @@ from .modeling import (
     LSGBartModel,
 )
 
-_PLAIN_CONFIG: Any = CONFIG_MAPPING[BartConfig.model_type]  # BartConfig, unless somebody has registered theirs
+_PLAIN_CONFIG: Any = CONFIG_MAPPING[BartConfig.model_type]  # BartConfig, unless other code registered its own
 
 
 class BartOrLSGConfig(BartConfig):
-    """What AutoConfig finds under "bart": makes an LSGBartConfig of what lsg-converter wrote, else a plain one.
+    """The class that AutoConfig uses for "bart": an LSGBartConfig for an lsg-converter checkpoint, else a BartConfig.
 
-    It has no instances. For every directory but lsg-converter's the result is what it was without it.
+    The class has no instances. It changes the result only for checkpoints that lsg-converter wrote.
     """
 
-    # From here on, transformers prefers code registered from elsewhere to a repository's own, even with
-    # trust_remote_code=True. Other people's BARTs keep theirs.
+    # transformers prefers a class registered from outside transformers to a repository's own code, even with
+    # trust_remote_code=True. With the plain class's module, BART repositories keep their own code.
     __module__ = _PLAIN_CONFIG.__module__
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """A plain configuration, as ``AutoConfig.for_model("bart")`` promises."""
+        """Return a plain configuration, as ``AutoConfig.for_model("bart")`` must."""
         return _PLAIN_CONFIG(*args, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The configuration in a directory's ``config.json``, of the class that it needs."""
+        """Read the contents of a ``config.json`` into an LSGBartConfig or a plain configuration."""
         if is_published_lsg(config_dict):
-            return LSGBartConfig.from_dict(modernised(config_dict), **kwargs)
+            return LSGBartConfig.from_dict(upgrade_config_dict(config_dict), **kwargs)
         return _PLAIN_CONFIG.from_dict(config_dict, **kwargs)
 
 
 def register() -> None:
-    """Make the Auto classes know LSG-BART; again is no different from once."""
+    """Register LSG-BART with the Auto classes. A second call changes nothing."""
     AutoConfig.register(LSGBartConfig.model_type, LSGBartConfig, exist_ok=True)
     AutoConfig.register(BartConfig.model_type, BartOrLSGConfig, exist_ok=True)
     for auto_class, model_class in (

@@ -1,4 +1,4 @@
-"""LSGBartConfig: BART's configuration and the keys of its LSG encoder, also as published checkpoints wrote them."""
+"""LSGBartConfig: BART's configuration with the LSG encoder's keys. It also reads published LSG checkpoints."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from ..checks import type_name
 from ..functional import check_implementation
 from ..pattern import LSGPattern
 
-GLOBAL_ROWS = 512  # rows of encoder.global_embeddings in every checkpoint, however many are used
+GLOBAL_ROWS = 512  # rows of encoder.global_embeddings in every checkpoint; a model uses the first G
 _PATTERN_KEYS = tuple(field.name for field in fields(LSGPattern))
 _FLAGS = ("adaptive", "mask_first_token", "pass_global_tokens_to_decoder", "pool_with_global")
 LSG_KEYS = (*_PATTERN_KEYS, *_FLAGS, "attention_implementation")
 
 
 class LSGBartConfig(BartConfig):
-    """Configuration of an LSG-BART: all of :class:`transformers.BartConfig`'s keys, and these of the encoder.
+    """Configuration of an LSG-BART: the keys of :class:`transformers.BartConfig` and those of the LSG encoder.
 
-    It also reads what lsg-converter 0.1.9 wrote (``"model_type": "bart"``, ``"base_model_prefix": "lsg"`` and an
-    ``auto_map``), and writes ``"model_type": "lsg_bart"``.
+    It also reads the format of lsg-converter 0.1.9 (``"model_type": "bart"``, ``"base_model_prefix": "lsg"`` and an
+    ``auto_map``). It always writes ``"model_type": "lsg_bart"``.
 
     Args:
         block_size, sparse_block_size, sparsity_factor, sparsity_type, lsh_num_pre_rounds, lsh_seed: as in
             :class:`lsg_attn.LSGPattern`; a ``sparsity_type`` of None means ``"none"``.
-        num_global_tokens: G, rows of the global embeddings put before the tokens, 0 to 512.
-        mask_first_token: token 0 (BOS) counts as padding, for the encoder and for cross-attention.
-        pass_global_tokens_to_decoder: the encoder's output keeps the G global states in front.
-        pool_with_global: where it does not, the first token's state is that of global token 0.
-        adaptive: kept for the checkpoints that have it; every length works either way.
-        attention_implementation: of the encoder, as in :func:`lsg_attn.lsg_attention`. Not saved: what can run belongs
-            to the machine, not to the checkpoint.
+        num_global_tokens: G, the number of global tokens before the document's tokens, 0 to 512.
+        mask_first_token: whether token 0 (BOS) counts as padding, in the encoder and in cross-attention.
+        pass_global_tokens_to_decoder: whether the encoder's output starts with the G global states.
+        pool_with_global: whether the state of global token 0 replaces the first token's state when the global states
+            are not passed to the decoder.
+        adaptive: has no effect, since every length works. It is kept because published checkpoints have it.
+        attention_implementation: the encoder's implementation, as in :func:`lsg_attn.lsg_attention`. It is not saved:
+            it depends on the machine, not on the checkpoint.
         **kwargs: BART's keys.
 
     Raises:
-        TypeError: one of the keys above is not of the type that it has by default.
-        ValueError: one of them is out of range, or two do not go together.
+        TypeError: a key above has a value of the wrong type.
+        ValueError: a key above is out of range, or two keys contradict each other.
     """
 
     model_type = "lsg_bart"
@@ -73,13 +74,13 @@ class LSGBartConfig(BartConfig):
         self.adaptive = adaptive
         self.attention_implementation = attention_implementation
         for key, value in asdict(self.lsg_pattern()).items():
-            setattr(self, key, value)  # an int also where a numpy integer came, which JSON does not take
+            setattr(self, key, value)  # a numpy integer becomes an int, which JSON can store
 
     def lsg_pattern(self) -> LSGPattern:
-        """The encoder's pattern, after a check of all keys of the encoder as they are now.
+        """The encoder's pattern, after the current values of all the encoder's keys have been checked.
 
         Raises:
-            TypeError, ValueError: as the constructor does.
+            TypeError, ValueError: as in the constructor.
         """
         pattern = LSGPattern(**{key: getattr(self, key) for key in _PATTERN_KEYS})
         for key in _FLAGS:
@@ -96,29 +97,29 @@ class LSGBartConfig(BartConfig):
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As in transformers; what lsg-converter wrote comes back as this library writes it.
+        """As in transformers, except that a configuration from lsg-converter is returned in this library's format.
 
         Raises:
-            ValueError: the directory holds no LSG-BART.
+            ValueError: the directory is not that of an LSG-BART.
         """
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
-        return modernised(config_dict), kwargs
+        return upgrade_config_dict(config_dict), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers, but that overrides of the encoder's keys are checked together with the rest.
+        """As in transformers, except that the encoder's keys in ``kwargs`` are checked together with all others.
 
         Raises:
-            TypeError, ValueError: as the constructor does.
+            TypeError, ValueError: as in the constructor.
         """
         overrides = {key: kwargs.pop(key) for key in LSG_KEYS if key in kwargs}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def __eq__(self, other: object) -> bool:
-        """Whether all keys are equal; since transformers 5 the inherited one knows BART's only."""
+        """Whether all keys are equal. Since transformers 5 the inherited method compares only BART's keys."""
         return type(other) is type(self) and other.__dict__ == self.__dict__
 
-    __hash__ = None  # type: ignore[assignment]  # can be changed
+    __hash__ = None  # type: ignore[assignment]  # it is mutable
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, without ``attention_implementation``."""
@@ -128,26 +129,26 @@ class LSGBartConfig(BartConfig):
 
 
 def is_published_lsg(config_dict: dict[str, Any]) -> bool:
-    """Whether lsg-converter wrote this configuration of a BART."""
+    """Whether this is the configuration of an LSG-BART that lsg-converter wrote."""
     names = config_dict.get("architectures") or ()
     return config_dict.get("model_type") == "bart" and (
         config_dict.get("base_model_prefix") == "lsg" or any(name.startswith("LSGBart") for name in names)
     )
 
 
-def modernised(config_dict: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of an LSG-BART, by this library or lsg-converter, as this library writes it.
+def upgrade_config_dict(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """Bring an LSG-BART configuration from this library or from lsg-converter into this library's format.
 
     Raises:
-        ValueError: it is of another model.
+        ValueError: it is the configuration of another model.
     """
     if config_dict.get("model_type") == LSGBartConfig.model_type:
         return config_dict
     if not is_published_lsg(config_dict):
         raise ValueError(
             "expected the directory of an LSG-BART (model_type 'lsg_bart', or 'bart' with base_model_prefix 'lsg'), "
-            f"got model_type {config_dict.get('model_type')!r}; lsg_attn.bart.convert makes one of a BART"
+            f"got model_type {config_dict.get('model_type')!r}; lsg_attn.bart.convert turns a BART into an LSG-BART"
         )
-    # auto_map would have transformers look for the original's code
+    # With auto_map, transformers would look for the original's code.
     kept = {key: value for key, value in config_dict.items() if key not in ("auto_map", "base_model_prefix")}
     return {**kept, "model_type": LSGBartConfig.model_type}
