@@ -36,19 +36,19 @@ from .modeling import (
 
 CHECKPOINT_STEPS = ("convert", "write", "check")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "sentencepiece.bpe.model", "spiece.model")
-_OFFSET = 2  # rows of BART's position embeddings before position 0
+_OFFSET = 2  # BART's position embeddings have this many unused rows before position 0
 _CLASSES: dict[type[Any], type[Any]] = {
     BartModel: LSGBartModel,
     BartForConditionalGeneration: LSGBartForConditionalGeneration,
     BartForQuestionAnswering: LSGBartForQuestionAnswering,
     BartForSequenceClassification: LSGBartForSequenceClassification,
 }
-# as it was saved, which is the default since transformers 5
+# Load in the dtype of the checkpoint, as transformers 5 does by default.
 _SAVED_DTYPE = {"dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype": "auto"}
 
 
 class Converted(NamedTuple):
-    """What :func:`convert` makes."""
+    """The result of :func:`convert`."""
 
     model: LSGBartPreTrainedModel
     tokenizer: Any
@@ -65,33 +65,37 @@ def convert(
     seed: int = 0,
     **lsg_keys: Any,
 ) -> Converted:
-    """Make an LSG-BART for ``max_length`` tokens of a BART, without training (arXiv 2210.15497).
+    """Convert a BART to an LSG-BART for ``max_length`` tokens, without training (arXiv 2210.15497).
 
-    Positions, of encoder and decoder, are repeated until there are ``max_length``. A global token is the embedding of
-    BOS (the first) or MASK (the others) plus that of a position, another for each. An LSG-BART is resized: its
-    positions change, its global tokens stay. The source is left as it is. A directory whose architecture is BartModel,
-    such as facebook/bart-base, is taken for BART as it was pretrained, with its head, which is the token embeddings.
+    The position embeddings of the encoder and the decoder are repeated, or cut, to ``max_length``. The first global
+    token is the embedding of BOS plus a position embedding. Each other global token is the embedding of MASK plus a
+    different position embedding. If the source is an LSG-BART, it keeps its global tokens unless
+    ``keep_first_global_token`` is true. The source itself is not modified.
+
+    A directory with the architecture BartModel, such as facebook/bart-base, is converted with the language-modeling
+    head. BART was pretrained with this head, and its weights are the token embeddings.
 
     Args:
         model_or_path: a BART or LSG-BART with an encoder, or its name or directory.
-        max_length: tokens of the longest document, at least 1.
-        tokenizer: the model's, for the ids of BOS and MASK; by default the one at the path.
-        random_global_init: the global tokens are samples of a normal distribution with the mean and covariance of the
-            token embeddings, instead of MASK.
-        keep_first_global_token: of an LSG-BART, make the global tokens again but for the first.
-        global_positional_stride: positions between two global tokens, about.
-        seed: of every random number: those of ``random_global_init``, and of global tokens' positions where the source
-            has fewer than 512 of its own.
-        **lsg_keys: keys of :class:`LSGBartConfig` for the encoder, such as ``num_global_tokens``.
+        max_length: the number of tokens in the longest document, at least 1.
+        tokenizer: the model's tokenizer, which gives the ids of BOS and MASK. By default it is loaded from the path.
+        random_global_init: whether to draw the global tokens, except the first, from a normal distribution with the
+            mean and covariance of the token embeddings, instead of using MASK.
+        keep_first_global_token: for an LSG-BART, whether to keep only the first global token and compute the others anew.
+        global_positional_stride: the distance in positions between most neighbouring global tokens.
+        seed: the seed of all random numbers. They are used for ``random_global_init``, and for the positions of the
+            global tokens if the source has fewer than 512 positions.
+        **lsg_keys: the encoder's keys of :class:`LSGBartConfig`, such as ``num_global_tokens``.
 
     Returns:
-        The model, of the source's kind, dtype, device and attention, and a copy of the tokenizer with
-        ``model_max_length=max_length``; None where a model came without one.
+        ``model``: an LSG-BART with the source's head, dtype, device and attention implementations.
+        ``tokenizer``: a copy of the tokenizer with ``model_max_length=max_length``, or None if ``model_or_path`` is a
+        model and no tokenizer is given.
 
     Raises:
-        TypeError: an argument is not of the type named above, or a key is none of the encoder's.
-        ValueError: the source is no BART with an encoder, lacks weights, or has no tokenizer, or one without MASK; a
-            number is out of range, or keys do not go together.
+        TypeError: an argument is not of the type named above, or a key is not one of the encoder's keys.
+        ValueError: the source is not a BART with an encoder, or it lacks weights; the tokenizer is missing or has no
+            BOS or MASK; a number is out of range; or keys contradict each other.
     """
     max_length = integer("max_length", max_length, 1)
     seed = integer("seed", seed, 0)
@@ -105,10 +109,10 @@ def convert(
     else:
         raise TypeError(f"model_or_path: expected a BART, a name or a directory, got {type_name(model_or_path)}")
     target_class, is_lsg = _target_class(type(source)), isinstance(source, LSGBartPreTrainedModel)
-    if is_lsg:  # neither this nor attn_implementation is in a configuration's dictionary
+    if is_lsg:  # to_dict() has neither this key nor attn_implementation
         lsg_keys.setdefault("attention_implementation", source.config.attention_implementation)
     config = LSGBartConfig.from_dict(
-        {key: value for key, value in source.config.to_dict().items() if key != "auto_map"},  # of another model
+        {key: value for key, value in source.config.to_dict().items() if key != "auto_map"},  # it names code for BART
         **lsg_keys,
         max_position_embeddings=max_length,
         attn_implementation=source.config._attn_implementation,
@@ -118,7 +122,8 @@ def convert(
         raise ValueError("keep_first_global_token: expected False for a BART without global tokens, got True")
     if random_global_init and is_lsg and not keep_first_global_token:
         raise ValueError(
-            "random_global_init: expected False for an LSG-BART, whose global tokens stay, or keep_first_global_token"
+            "random_global_init: expected False for an LSG-BART without keep_first_global_token, got True; its global "
+            "tokens are kept"
         )
     base = source.base_model
     states = {name: tensor.detach().clone() for name, tensor in source.state_dict().items()}
@@ -132,7 +137,7 @@ def convert(
         name = f"{prefix}{part}.embed_positions.weight"
         states[name] = repeat_positions(states[name], max_length)
 
-    with torch.device("meta"):  # every tensor is to come from the source: nothing is drawn, nothing can be left over
+    with torch.device("meta"):  # every tensor must come from the source, so none is initialised here
         model = target_class(config)
     model.load_state_dict(states, assign=True)
     model.tie_weights()
@@ -152,18 +157,20 @@ def convert_checkpoint(
     on_step: Callable[[str], None] = lambda step: None,
     **options: Any,
 ) -> None:
-    """Convert a checkpoint to a directory of its own, which is there when it is complete and checked, or not at all.
+    """Convert a checkpoint and save the result to a new directory.
+
+    The directory appears only once it is complete and checked. If the conversion fails, it is not created.
 
     Args:
-        source: name or directory of a BART or LSG-BART with its tokenizer.
-        destination: a directory that does not exist yet.
-        on_step: called with the name of each of ``CHECKPOINT_STEPS`` as it begins.
+        source: the name or directory of a BART or LSG-BART with its tokenizer.
+        destination: the new directory. It must not exist yet.
+        on_step: called at the beginning of each step with its name, one of ``CHECKPOINT_STEPS``.
         max_length, **options: as in :func:`convert`.
 
     Raises:
         FileExistsError: ``destination`` exists.
-        RuntimeError: what was written does not load as what was converted; ``destination`` is not made.
-        TypeError, ValueError: as :func:`convert`.
+        RuntimeError: the saved checkpoint, loaded again, differs from the converted model.
+        TypeError, ValueError: as in :func:`convert`.
     """
     destination = Path(destination)
     if destination.exists() or destination.is_symlink():
@@ -182,21 +189,26 @@ def convert_checkpoint(
 
 
 def repeat_positions(weight: Tensor, length: int) -> Tensor:
-    """BART's position embeddings (2 + n, d_model), whose first two rows are no positions, as (2 + length, d_model)."""
+    """Extend BART's position embeddings (2 + n, d_model) to (2 + length, d_model).
+
+    The first two rows are not positions and are not repeated.
+    """
     offset, rows = weight[:_OFFSET], weight[_OFFSET:]
     copies = -(-length // len(rows))
     return torch.cat([offset, repeat(rows, "n d -> (copies n) d", copies=copies)[:length]])
 
 
 def spread_positions(positions: Tensor, stride: int, generator: torch.Generator) -> Tensor:
-    """512 rows of ``positions`` (n, d_model) for the global tokens, most of them ``stride`` positions apart.
+    """Choose 512 rows (512, d_model) of ``positions`` (n, d_model), most of them ``stride`` positions apart.
 
-    Of every n//512 rows the first is kept, up to 512. These are taken in several passes from front to end, one each
-    ``stride`` positions, and each pass begins a kept row later than the one before. What fewer than 512 positions lack
-    is drawn from a normal distribution with their means and standard deviations.
+    The first of every n//512 rows is kept, up to 512 rows. Several passes then read the kept rows from the first to
+    the last, one row every ``stride`` positions. Each pass starts one kept row after the start of the previous pass.
+    If n < 512, the missing rows are drawn from a normal distribution with the mean and standard deviation of each
+    column of ``positions``.
 
     Raises:
-        ValueError: ``stride`` is not a multiple of n//512, or their ratio does not divide 512.
+        TypeError: ``stride`` is not an integer.
+        ValueError: ``stride`` is not a multiple of n//512 (or of 1 if n < 512), or their ratio does not divide 512.
     """
     factor = max(len(positions) // GLOBAL_ROWS, 1)
     step = integer("global_positional_stride", stride, 1) // factor
@@ -212,7 +224,7 @@ def spread_positions(positions: Tensor, stride: int, generator: torch.Generator)
 
 
 def _global_rows(base: BartModel, bos: int, mask: int | None, stride: int, seed: int) -> Tensor:
-    """Global tokens' embeddings (512, d_model), of BOS and MASK, or drawn where ``mask`` is None, and of positions."""
+    """The embeddings (512, d_model) of the global tokens: BOS and MASK, plus positions; random if ``mask`` is None."""
     generator = torch.Generator().manual_seed(seed)
     table = base.shared.weight.detach().float().cpu()
     rows = _normal_samples(table, generator) if mask is None else table[mask].repeat(GLOBAL_ROWS, 1)
@@ -222,30 +234,30 @@ def _global_rows(base: BartModel, bos: int, mask: int | None, stride: int, seed:
 
 
 def _normal_samples(table: Tensor, generator: torch.Generator) -> Tensor:
-    """512 samples of the normal distribution with the mean and covariance of the rows of ``table`` (n, d_model)."""
+    """Draw (512, d_model) from a normal distribution with the mean and covariance of the rows of ``table``."""
     table64 = table.double()
     variances, directions = torch.linalg.eigh(torch.cov(table64.T))
-    factor = directions * variances.clamp(min=0).sqrt()  # factor @ factor.T is the covariance, also a singular one
+    factor = directions * variances.clamp(min=0).sqrt()  # factor @ factor.T is the covariance, which may be singular
     drawn = torch.randn(GLOBAL_ROWS, table.shape[1], dtype=torch.float64, generator=generator)
     samples: Tensor = table64.mean(dim=0) + drawn @ factor.T
     return samples.to(table.dtype)
 
 
 def _special_ids(config: LSGBartConfig, tokenizer: Any, mask_needed: bool) -> tuple[int, int | None]:
-    """The ids of BOS, by the tokenizer or else the configuration, and of MASK, which only a tokenizer knows."""
+    """The ids of BOS, from the tokenizer or else the configuration, and of MASK, which only the tokenizer has."""
     ids = [getattr(tokenizer, name, None) for name in ("bos_token_id", "cls_token_id")] + [config.bos_token_id]
     bos = next((i for i in ids if i is not None), None)
     mask = getattr(tokenizer, "mask_token_id", None)
     if bos is None or (mask_needed and mask is None):
         raise ValueError(
-            "tokenizer: expected one with bos_token and mask_token, of which global tokens are made, got "
-            f"{type_name(tokenizer)}; random_global_init=True does without mask_token"
+            "tokenizer: expected one with bos_token and mask_token, which initialise the global tokens, got "
+            f"{type_name(tokenizer)}; random_global_init=True needs no mask_token"
         )
     return bos, mask
 
 
 def _load(path: str | Path) -> BartPreTrainedModel:
-    """The model at a path, of the class that its configuration names."""
+    """Load a model as the class that its configuration names."""
     config_dict, _ = PretrainedConfig.get_config_dict(path)
     is_lsg = is_published_lsg(config_dict) or config_dict.get("model_type") == LSGBartConfig.model_type
     if not is_lsg and config_dict.get("model_type") != "bart":
@@ -257,22 +269,27 @@ def _load(path: str | Path) -> BartPreTrainedModel:
     by_name = {cls.__name__: cls for pair in _CLASSES.items() for cls in pair}
     target_class = _target_class(by_name.get(name, name))
     if target_class is LSGBartModel:
-        target_class = LSGBartForConditionalGeneration  # all that it adds is tied, or 0
+        target_class = LSGBartForConditionalGeneration  # the weights that it adds are tied or zero
     (plain_class,) = (plain for plain, lsg in _CLASSES.items() if lsg is target_class)
     model_class = target_class if is_lsg else plain_class
     model, info = model_class.from_pretrained(path, output_loading_info=True, **_SAVED_DTYPE)
     states, missing = model.state_dict(), set(info["missing_keys"])
     loaded = {states[name].data_ptr() for name in states if name not in missing}
-    if drawn := sorted(name for name in missing if states[name].data_ptr() not in loaded):
-        raise ValueError(f"model_or_path: expected all weights of a {model_class.__name__} at {path}, missing {drawn}")
+    if absent := sorted(name for name in missing if states[name].data_ptr() not in loaded):
+        raise ValueError(
+            f"model_or_path: expected all weights of a {model_class.__name__} at {path}, got none for {absent}"
+        )
     return model
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a name or directory, which must be there: some versions of AutoTokenizer make one of nothing.
+    """Load the tokenizer of a name or directory.
+
+    The vocabulary's file is looked for first: if it is missing, some versions of AutoTokenizer return an empty
+    tokenizer instead of failing.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no tokenizer.
     """
     if not any(has_file(path, name) for name in _VOCABULARIES):
         raise ValueError(f"tokenizer: expected one at {path}, which has none of {', '.join(_VOCABULARIES)}")
@@ -280,17 +297,21 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 def _target_class(source: type | str) -> type[LSGBartPreTrainedModel]:
-    """The LSG class for a class of BART models; a string is the name of a class that there is none for."""
+    """The LSG class for a BART or LSG-BART class. A string names a class that has no LSG class, for the error."""
     for plain, lsg in _CLASSES.items():
         if source in (plain, lsg):
             return lsg
     expected = ", ".join(cls.__name__ for cls in _CLASSES)
     got = source if isinstance(source, str) else source.__name__
-    raise ValueError(f"model_or_path: expected one of {expected}, or an LSG one, got {got}")
+    raise ValueError(f"model_or_path: expected one of {expected}, or its LSG class, got {got}")
 
 
 def _check(folder: Path, model: LSGBartPreTrainedModel, max_length: int) -> None:
-    """Compare what is in a folder with what should be."""
+    """Load a saved checkpoint and compare it with the model.
+
+    Raises:
+        RuntimeError: they differ.
+    """
     loaded, info = type(model).from_pretrained(folder, output_loading_info=True, **_SAVED_DTYPE)
     found, expected = loaded.state_dict(), model.state_dict()
     wrong = [name for name in expected if name not in found or not torch.equal(found[name], expected[name].cpu())]
@@ -299,4 +320,4 @@ def _check(folder: Path, model: LSGBartPreTrainedModel, max_length: int) -> None
     if got != max_length:
         wrong.append(f"the tokenizer's model_max_length is {got}")
     if wrong:
-        raise RuntimeError(f"what was written is not what was converted: {'; '.join(wrong)}")
+        raise RuntimeError(f"the saved checkpoint differs from the converted model: {'; '.join(wrong)}")

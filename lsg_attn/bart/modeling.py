@@ -34,14 +34,14 @@ from .configuration import GLOBAL_ROWS, LSGBartConfig
 
 
 class LSGBartPreTrainedModel(BartPreTrainedModel):
-    """What all LSG-BART models have in common.
+    """Base class of all LSG-BART models.
 
-    Their constructors call this class's instead of those of the BART classes they extend, which would build a whole
-    BART to be thrown away; the parts are BART's, under BART's names.
+    A subclass calls this constructor, not the constructor of its BART class, which would build a whole BART only to
+    replace its encoder. The subclass then builds BART's modules under BART's names.
     """
 
     config_class = LSGBartConfig
-    _no_split_modules = ["LSGBartEncoderLayer", "BartDecoderLayer"]  # noqa: RUF012  # transformers wants a list
+    _no_split_modules = ["LSGBartEncoderLayer", "BartDecoderLayer"]  # noqa: RUF012  # transformers needs a list
 
     def __init__(self, config: LSGBartConfig) -> None:
         if not isinstance(config, LSGBartConfig):
@@ -50,7 +50,7 @@ class LSGBartPreTrainedModel(BartPreTrainedModel):
 
 
 class LSGBartEncoderLayer(BartEncoderLayer):
-    """BART's encoder layer with LSG attention: (batch, G+T, d_model) -> the same."""
+    """BART's encoder layer with LSG attention: (batch, G+T, d_model) -> (batch, G+T, d_model)."""
 
     def __init__(self, config: LSGBartConfig, pattern: LSGPattern) -> None:
         super().__init__(config)
@@ -63,12 +63,12 @@ class LSGBartEncoderLayer(BartEncoderLayer):
         )
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Attention, then feed-forward, each with a residual and a norm after it; ``attention_mask``: (batch, T)."""
+        """Attention, then feed-forward, each followed by a residual and a norm; ``attention_mask``: (batch, T)."""
         attended = self._dropout(self.self_attn(hidden_states, attention_mask), self.dropout)
         hidden_states = self.self_attn_layer_norm(hidden_states + attended)
         inner = self._dropout(self.activation_fn(self.fc1(hidden_states)), self.activation_dropout)
         hidden_states = self.final_layer_norm(hidden_states + self._dropout(self.fc2(inner), self.dropout))
-        if hidden_states.dtype == torch.float16:  # BART's activations overflow it
+        if hidden_states.dtype == torch.float16:  # BART's activations can overflow
             limit = torch.finfo(torch.float16).max - 1000
             hidden_states = hidden_states.clamp(-limit, limit)
         return hidden_states
@@ -81,7 +81,7 @@ class LSGBartEncoder(LSGBartPreTrainedModel, BartEncoder):
     """BART's encoder with global embeddings before the tokens and LSG attention in every layer.
 
     Args:
-        config: of the whole model.
+        config: the configuration of the whole model.
     """
 
     def __init__(self, config: LSGBartConfig) -> None:
@@ -91,7 +91,7 @@ class LSGBartEncoder(LSGBartPreTrainedModel, BartEncoder):
         self.layerdrop = config.encoder_layerdrop
         self.padding_idx = config.pad_token_id
         self.max_source_positions = config.max_position_embeddings
-        # as the pattern, these stay what they were when the model was made
+        # Copies, like the pattern: a later change of the configuration does not reach the model.
         self.num_global_tokens = config.num_global_tokens
         self.mask_first_token = config.mask_first_token
         self.pool_with_global = config.pool_with_global
@@ -115,47 +115,50 @@ class LSGBartEncoder(LSGBartPreTrainedModel, BartEncoder):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> BaseModelOutput | tuple[Any, ...]:
-        """Encode documents of any length up to ``config.max_position_embeddings``.
+        """Encode documents of up to ``config.max_position_embeddings`` tokens.
 
         Args:
-            input_ids: (batch, T), or
-            inputs_embeds: (batch, T, d_model), exactly one of the two.
-            attention_mask: (batch, T), of any dtype, nonzero for a token.
-            head_mask: None; sparse layers have no matrix of probabilities to mask.
-            output_attentions: not true, for the same reason.
-            output_hidden_states: whether to return the states before each layer and after the last.
-            return_dict: whether to return a ``BaseModelOutput`` rather than a tuple.
+            input_ids: (batch, T) integers. Exactly one of ``input_ids`` and ``inputs_embeds`` must be given.
+            attention_mask: (batch, T) of any dtype, nonzero for tokens and zero for padding.
+            inputs_embeds: (batch, T, d_model).
+            head_mask: must be None. LSG attention computes no matrix of probabilities to mask.
+            output_attentions: must not be true, for the same reason.
+            output_hidden_states: whether to return the states before the first layer and after each layer.
+            return_dict: whether to return a ``BaseModelOutput`` instead of a tuple.
 
         Returns:
-            ``last_hidden_state``: (batch, G+T, d_model), or (batch, T, d_model) where the configuration does not pass
-            the global tokens to the decoder; ``hidden_states``: each (batch, G+T, d_model).
+            ``last_hidden_state``: (batch, G+T, d_model), or (batch, T, d_model) if the configuration does not pass the
+            global tokens to the decoder. ``hidden_states``: each (batch, G+T, d_model).
 
         Raises:
             ValueError: an argument is not as above, or T is more than ``config.max_position_embeddings``.
         """
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError(
-                "output_attentions: expected False, as the encoder's sparse layers have no matrix of probabilities; "
-                "those of the decoder come with it where the model is given encoder_outputs"
+                "output_attentions: expected False, got True; the encoder computes no matrix of probabilities. For the "
+                "decoder's attentions, run the encoder first and pass its output as encoder_outputs"
             )
         if head_mask is not None:
-            raise ValueError("head_mask: expected None, as the encoder's sparse layers have no matrix of probabilities")
+            raise ValueError(
+                f"head_mask: expected None, got {type_name(head_mask)}; the encoder computes no matrix of probabilities"
+            )
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("expected exactly one of input_ids and inputs_embeds")
+            given = "neither" if input_ids is None else "both"
+            raise ValueError(f"expected exactly one of input_ids and inputs_embeds, got {given}")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if inputs_embeds.shape[1] > self.max_source_positions:
             raise ValueError(
                 f"expected at most max_position_embeddings={self.max_source_positions} tokens, got "
-                f"{inputs_embeds.shape[1]}; truncate them, or lsg_attn.bart.convert makes room for more"
+                f"{inputs_embeds.shape[1]}; truncate the document or extend the model with lsg_attn.bart.convert"
             )
         if attention_mask is not None and attention_mask.shape != inputs_embeds.shape[:2]:
             expected, got = tuple(inputs_embeds.shape[:2]), tuple(attention_mask.shape)
             raise ValueError(f"attention_mask: expected shape (batch, T) = {expected}, got {got}")
         if self.mask_first_token:
-            attention_mask = without_first(attention_mask, inputs_embeds)
+            attention_mask = hide_first_token(attention_mask, inputs_embeds)
         if attention_mask is not None and attention_mask.is_floating_point():
-            attention_mask = attention_mask != 0  # which BART takes, too
+            attention_mask = attention_mask != 0  # BART accepts such a mask, LSGAttention does not
         keep_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         all_states: tuple[Tensor, ...] | None = () if keep_all else None
 
@@ -166,7 +169,7 @@ class LSGBartEncoder(LSGBartPreTrainedModel, BartEncoder):
             if self.training and self.layerdrop > 0 and torch.rand([]) < self.layerdrop:
                 continue  # LayerDrop (arXiv 1909.11556)
             if self.gradient_checkpointing and self.training and not hasattr(layer, "gradient_checkpointing"):
-                # before transformers 4.53 layers did not do this themselves
+                # Since transformers 4.53 each layer does this itself.
                 hidden_states = self._gradient_checkpointing_func(layer.__call__, hidden_states, attention_mask)
             else:
                 hidden_states = layer(hidden_states, attention_mask)
@@ -177,16 +180,16 @@ class LSGBartEncoder(LSGBartPreTrainedModel, BartEncoder):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _embed(self, inputs_embeds: Tensor) -> Tensor:
-        """(batch, T, d_model) -> (batch, G+T, d_model): global tokens, then tokens, to which positions are added."""
+        """(batch, T, d_model) -> (batch, G+T, d_model): the global tokens, then the tokens plus their positions."""
         device = inputs_embeds.device
-        positions = self.embed_positions(inputs_embeds[..., -1]).to(device)  # of what it is given, it reads the shape
+        positions = self.embed_positions(inputs_embeds[..., -1]).to(device)  # it reads only the shape
         rows = torch.arange(self.num_global_tokens, device=device)
         global_states = repeat(self.global_embeddings(rows), "g d -> b g d", b=len(inputs_embeds))
         hidden_states = self.layernorm_embedding(torch.cat([global_states, inputs_embeds + positions], dim=1))
         return nn.functional.dropout(hidden_states, self.dropout, self.training)
 
     def _for_decoder(self, hidden_states: Tensor) -> Tensor:
-        """(batch, G+T, d_model) -> the same, or (batch, T, d_model) without the states of the global tokens."""
+        """The encoder's output (batch, G+T, d_model), or (batch, T, d_model) without the global tokens' states."""
         if self.pass_global_tokens_to_decoder:
             return hidden_states
         if self.pool_with_global:
@@ -195,10 +198,10 @@ class LSGBartEncoder(LSGBartPreTrainedModel, BartEncoder):
 
 
 class LSGBartModel(LSGBartPreTrainedModel, BartModel):
-    """BART with an LSG encoder. Arguments and results are those of :class:`transformers.BartModel`.
+    """BART with an LSG encoder. It has the arguments and results of :class:`transformers.BartModel`.
 
-    From the fifth argument on, where the order differs between versions of transformers, they go by name.
-    ``attention_mask`` is that of the tokens, (batch, T), also where ``encoder_outputs`` is given.
+    Only the first four arguments can be positional, since the order of the others depends on the version of
+    transformers. ``attention_mask`` is (batch, T), without the global tokens, even if ``encoder_outputs`` is given.
     """
 
     def __init__(self, config: LSGBartConfig) -> None:
@@ -220,10 +223,12 @@ class LSGBartModel(LSGBartPreTrainedModel, BartModel):
         head_mask: None = None,
         **decoder_kwargs: Any,
     ) -> Any:
-        """Encode, then decode by :class:`transformers.BartModel`, which takes ``decoder_kwargs``.
+        """Encode unless ``encoder_outputs`` is given, then decode with :class:`transformers.BartModel`.
+
+        ``decoder_kwargs`` are further arguments of :class:`transformers.BartModel`.
 
         Raises:
-            ValueError: as :class:`LSGBartEncoder`, or ``attention_mask`` does not fit the encoder's states.
+            ValueError: as in :class:`LSGBartEncoder`, or ``attention_mask`` does not fit the encoder's states.
         """
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
@@ -242,21 +247,21 @@ class LSGBartModel(LSGBartPreTrainedModel, BartModel):
             attention_mask=self._cross_attention_mask(attention_mask, encoder_outputs[0]),
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
-            encoder_outputs=encoder_outputs,  # a tuple: what BartModel takes with and without return_dict
+            encoder_outputs=encoder_outputs,  # a tuple works with and without return_dict
             **decoder_kwargs,
         )
 
     def _cross_attention_mask(self, attention_mask: Tensor | None, states: Tensor) -> Tensor | None:
-        """The tokens' mask (batch, T) as that of the encoder's states (batch, T or G+T, d_model)."""
+        """Extend the tokens' mask (batch, T) to the encoder's states (batch, T or G+T, d_model)."""
         num_globals = self.encoder.num_global_tokens if self.encoder.pass_global_tokens_to_decoder else 0
         expected = (states.shape[0], states.shape[1] - num_globals)
         if attention_mask is not None and attention_mask.shape != expected:
             raise ValueError(
                 f"attention_mask: expected shape (batch, T) = {expected}, got {tuple(attention_mask.shape)}; the "
-                f"encoder's states are {tuple(states.shape)}, {num_globals} of them of global tokens"
+                f"encoder's states have shape {tuple(states.shape)}, the first {num_globals} belong to global tokens"
             )
         if self.encoder.mask_first_token:
-            attention_mask = without_first(attention_mask, states[:, num_globals:])
+            attention_mask = hide_first_token(attention_mask, states[:, num_globals:])
         return None if attention_mask is None else nn.functional.pad(attention_mask, (num_globals, 0), value=1)
 
 
@@ -296,10 +301,10 @@ class LSGBartForQuestionAnswering(LSGBartPreTrainedModel, BartForQuestionAnsweri
 
 
 class LSGBartForCausalLM(LSGBartPreTrainedModel, BartForCausalLM):
-    """The decoder alone, which is BART's: :class:`transformers.BartForCausalLM` with an LSG-BART's configuration.
+    """BART's decoder alone: :class:`transformers.BartForCausalLM` with the configuration of an LSG-BART.
 
-    As with any BART, transformers does not look for the embeddings under ``model.shared``, where the checkpoint of a
-    whole model has them, and warns that they are new.
+    A checkpoint of a whole model stores the embeddings as ``model.shared``. Like BartForCausalLM, this class does not
+    look there, and transformers warns that the embeddings are newly initialised.
     """
 
     def __init__(self, config: LSGBartConfig) -> None:
@@ -307,12 +312,12 @@ class LSGBartForCausalLM(LSGBartPreTrainedModel, BartForCausalLM):
 
 
 def word_embedding(config: LSGBartConfig) -> BartScaledWordEmbedding:
-    """BART's token embedding, which scales by sqrt(d_model) where the configuration says so."""
+    """BART's token embedding, scaled by sqrt(d_model) if ``config.scale_embedding``."""
     scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
     return BartScaledWordEmbedding(config.vocab_size, config.d_model, config.pad_token_id, embed_scale=scale)
 
 
-def without_first(attention_mask: Tensor | None, states: Tensor) -> Tensor:
-    """The mask (batch, T) of states (batch, T, d_model), all ones by default, with 0 for the first token."""
+def hide_first_token(attention_mask: Tensor | None, states: Tensor) -> Tensor:
+    """The mask (batch, T) of ``states`` (batch, T, d_model), by default all ones, with 0 for the first token."""
     mask = states.new_ones(states.shape[:2], dtype=torch.long) if attention_mask is None else attention_mask
     return torch.cat([torch.zeros_like(mask[:, :1]), mask[:, 1:]], dim=1)

@@ -172,9 +172,9 @@ def test_any_length_and_number_of_globals(length, sparsity_type):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"output_attentions": True}, "output_attentions: expected False"),
-        ({"head_mask": torch.ones(2, 4)}, "head_mask: expected None"),
-        ({"inputs_embeds": torch.zeros(2, 101, 32)}, "exactly one of input_ids and inputs_embeds"),
+        ({"output_attentions": True}, "output_attentions: expected False, got True"),
+        ({"head_mask": torch.ones(2, 4)}, "head_mask: expected None, got Tensor"),
+        ({"inputs_embeds": torch.zeros(2, 101, 32)}, "exactly one of input_ids and inputs_embeds, got both"),
         ({"attention_mask": torch.ones(2, 103)}, r"attention_mask: expected shape"),
     ],
 )
@@ -189,7 +189,7 @@ def test_other_bad_inputs():
     model, ids = tiny()
     with pytest.raises(ValueError, match="expected at most max_position_embeddings=256 tokens, got 303"):
         model(ids.repeat(1, 3))
-    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds, got neither"):
         model.get_encoder()()
     states = model.get_encoder()(ids)
     mask = torch.ones(2, 102)  # with the global token: not what is asked for
