@@ -1,4 +1,4 @@
-"""Checks of arguments, whose errors say what was expected and what came."""
+"""Checks of arguments. Their errors state what was expected and what was given."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ import operator
 
 
 def integer(name: str, value: object, least: int) -> int:
-    """``value`` as an int, also from numpy and torch integers; TypeError or ValueError if it is none or too small."""
+    """Return ``value``, which may be a numpy or torch integer, as an int of at least ``least``.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is too small.
+    """
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -21,17 +26,27 @@ def integer(name: str, value: object, least: int) -> int:
 
 
 def number(name: str, value: object) -> float:
-    """``value`` as a finite float, also from numpy floats; TypeError or ValueError if it is none."""
+    """Return ``value``, which may be a numpy number, as a finite float.
+
+    Raises:
+        TypeError: it is not a real number.
+        ValueError: it is infinite or NaN.
+    """
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a number, got {type_name(value)}")
     finite = float(value)
-    if not -math.inf < finite < math.inf:  # math.isfinite would break a graph of torch.compile(dynamic=True)
+    if not -math.inf < finite < math.inf:  # math.isfinite would break the graph under torch.compile(dynamic=True)
         raise ValueError(f"{name}: expected a finite number, got {value}")
     return finite
 
 
 def probability(name: str, value: object) -> float:
-    """``value`` as a float in [0, 1); TypeError or ValueError if it is none."""
+    """Return ``value`` as a float in [0, 1).
+
+    Raises:
+        TypeError: it is not a real number.
+        ValueError: it is outside [0, 1).
+    """
     p = number(name, value)
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{name}: expected a probability in [0, 1), got {p}")

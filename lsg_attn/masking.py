@@ -1,4 +1,4 @@
-"""The attention mask in the two forms that callers may give it, and the one form that PyTorch code works with."""
+"""The attention mask: a check of the two shapes that callers may pass, and their conversion to one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def check_mask(attention_mask: Tensor | None, query: Tensor, num_global_tokens: 
     """Check a mask (batch, T) or (batch, G+T) for queries (batch, heads, G+T, head_dim).
 
     Raises:
-        TypeError: it is not a tensor of bool or integers.
-        ValueError: its shape or device does not fit.
+        TypeError: the mask is not a tensor of bool or integers.
+        ValueError: its shape or device does not match the queries.
     """
     if attention_mask is None:
         return
@@ -33,7 +33,7 @@ def check_mask(attention_mask: Tensor | None, query: Tensor, num_global_tokens: 
 
 
 def full_mask(attention_mask: Tensor | None, query: Tensor) -> Tensor:
-    """A checked mask as (batch, G+T) bool, true for a token; the globals are visible where it leaves them out."""
+    """Convert a checked mask to (batch, G+T) bool, true for a token. A (batch, T) mask gets true for the globals."""
     batch, _, length, _ = query.shape
     if attention_mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=query.device)

@@ -1,4 +1,4 @@
-"""LSGPattern: the parameters of the attention pattern, their validation, and the only home of its windows."""
+"""LSGPattern: the parameters of the attention pattern, their validation, and the windows that follow from them."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ SPARSITY_TYPES = ("norm", "pooling", "bos_pooling", "stride", "block_stride", "l
 
 @dataclass(frozen=True)
 class LSGPattern:
-    """Who sees whom in Local + Sparse + Global attention (arXiv 2210.15497).
+    """The keys that each query attends to in Local + Sparse + Global attention (arXiv 2210.15497).
 
-    A sequence is G global tokens followed by T others, cut into blocks of B. Queries of block ``i`` see, in one
-    softmax: the G global keys; the tokens of blocks ``i-1, i, i+1``; and ``sparse_block_size`` compressed keys on
-    each side, just outside those blocks. Global queries, and every query when ``T <= 2B``, see all tokens.
+    A sequence consists of G global tokens followed by T other tokens, which are split into blocks of B. The queries of
+    block ``i`` see, in one softmax, the G global keys, the tokens of blocks ``i-1, i, i+1``, and on each side of these
+    blocks the nearest ``sparse_block_size`` compressed keys. Global queries see all tokens. If ``T <= 2B``, all
+    queries see all tokens.
 
     Args:
-        block_size: B, queries in a block; at least 1. T need not be a multiple.
-        sparse_block_size: s, compressed keys seen on each side. 0 turns the sparse part off. For ``norm`` and ``lsh``
-            min(B, s) must divide B and be a multiple of f.
-        sparsity_factor: f, tokens that one compressed key stands for; divides B. 0 turns the sparse part off,
-            1 takes the tokens themselves.
+        block_size: B, the number of queries in a block; at least 1. T need not be a multiple of B.
+        sparse_block_size: s, the number of compressed keys on each side. 0 turns the sparse part off. For ``norm`` and
+            ``lsh``, min(B, s) must divide B and be a multiple of f.
+        sparsity_factor: f, the number of tokens for each compressed key; must divide B. 0 turns the sparse part off.
+            With 1, the compressed keys are the tokens themselves.
         sparsity_type: how tokens become compressed keys, one of ``SPARSITY_TYPES``.
-        num_global_tokens: G, the first positions of the sequence.
+        num_global_tokens: G, the number of global tokens, which come first in the sequence.
         lsh_num_pre_rounds: hashing rounds before the last one (``lsh`` only).
         lsh_seed: seed of the random directions (``lsh`` only).
 
     Raises:
         TypeError: a number is not an integer, or ``sparsity_type`` is not a string.
-        ValueError: a number is out of range, a type is unknown, or sizes do not divide.
+        ValueError: a number is out of range, ``sparsity_type`` is unknown, or the sizes are not multiples as required.
     """
 
     block_size: int = 128
@@ -72,56 +73,64 @@ class LSGPattern:
 
     @property
     def compression(self) -> str:
-        """The compression that is really done: a sparsity type, ``"none"``, or ``"identity"`` where f is 1."""
+        """The compression that takes place: a sparsity type, ``"none"``, or ``"identity"`` if f is 1."""
         if not self.has_sparse:
             return "none"
         if self.sparsity_factor == 1:
             return "identity"
         if self.sparsity_type == "lsh" and self.sparsity_factor == self.sparse_block_size:
-            return "bos_pooling"  # one cluster a chunk: the original pools by the first query instead of hashing
+            return "bos_pooling"  # one cluster per chunk: the original pools by the first query instead of hashing
         return self.sparsity_type
 
     @property
     def step(self) -> int:
-        """Compressed keys of one block, B // f."""
+        """The number of compressed keys per block: B // f, or 0 without a sparse part."""
         return self.block_size // self.sparsity_factor if self.has_sparse else 0
 
     @property
     def chunk(self) -> int:
-        """Tokens among which ``norm`` and ``lsh`` choose, min(B, s)."""
+        """The number of tokens that ``norm`` and ``lsh`` compress together: min(B, s)."""
         return min(self.block_size, self.sparse_block_size)
 
     @property
     def lsh_buckets(self) -> tuple[int, ...]:
-        """Buckets of each hashing round in order; a round has ``buckets // 2`` random directions."""
+        """The number of buckets in each hashing round, in order. A round has ``buckets // 2`` random directions."""
         if self.compression != "lsh":
             return ()
         return (self.chunk,) * self.lsh_num_pre_rounds + (self.chunk // self.sparsity_factor,)
 
     def is_dense(self, num_tokens: int) -> bool:
-        """Whether ``num_tokens`` = T tokens after the globals all see each other (T <= 2B)."""
+        """Whether all tokens see each other, which holds for T = ``num_tokens`` <= 2B."""
         return num_tokens <= 2 * self.block_size
 
     def num_blocks(self, num_tokens: int) -> int:
-        """Blocks that T tokens fill, the last one perhaps in part."""
+        """The number of blocks of T tokens. The last block may be partly filled."""
         return -(-num_tokens // self.block_size)
 
     def num_slots(self, num_tokens: int) -> int:
-        """Compressed keys made from T tokens: ``step`` for each block; none where attention is dense."""
+        """The number of compressed keys of T tokens: ``step`` per block, or 0 if attention is dense."""
         return 0 if self.is_dense(num_tokens) else self.num_blocks(num_tokens) * self.step
 
     def reach(self, num_tokens: int) -> int:
-        """Compressed keys on each side that any query of T tokens can see: s, or fewer in a short sequence."""
+        """The most compressed keys that a query of T tokens sees on one side: s, or fewer in a short sequence."""
         return min(self.sparse_block_size, max(self.num_blocks(num_tokens) - 2, 0) * self.step)
 
     def local_window(self, block: int) -> tuple[int, int]:
-        """Tokens [start, stop) after the globals that ``block`` sees; may reach past either end of the sequence."""
+        """The range [start, stop) of tokens that ``block`` sees. It may extend past either end of the sequence.
+
+        Token 0 is the first token after the globals.
+        """
         return (block - 1) * self.block_size, (block + 2) * self.block_size
 
     def sparse_windows(self, block: int, reach: int | None = None) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Slots [start, stop) that ``block`` sees to its left and right; may lie past either end.
+        """The ranges [start, stop) of compressed keys that ``block`` sees to its left and right.
 
-        ``reach``: slots on each side, s unless :meth:`reach` says that fewer do.
+        They may lie past either end of the sequence.
+
+        Args:
+            block: the index of the block.
+            reach: the number of compressed keys on each side, by default s. :meth:`reach` gives a smaller number for
+                short sequences.
         """
         reach = self.sparse_block_size if reach is None else reach
         left, right = (block - 1) * self.step, (block + 2) * self.step

@@ -1,4 +1,4 @@
-"""Inputs and comparisons that tests and benches share."""
+"""Inputs and comparisons for the tests and the benchmarks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from .functional import lsg_attention
 from .pattern import LSGPattern
 
-# Relative root mean square against float64, of out and each gradient.
+# Largest relative RMS error of out and of each gradient, compared with float64.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 PADDINGS = ("none", "right", "left", "ends", "middle", "random", "all")
 
 
 class Inputs(NamedTuple):
-    """Queries, keys, values and an output gradient (batch, heads, length, head_dim); a mask (batch, length) bool."""
+    """Queries, keys, values and an output gradient (batch, heads, length, head_dim); a bool mask (batch, length)."""
 
     query: Tensor
     key: Tensor
@@ -29,13 +29,15 @@ def make_inputs(
     batch: int, heads: int, length: int, head_dim: int, dtype: torch.dtype = torch.float32, padding: str = "none",
     garbage: float = 0.0, num_kept: int = 0, seed: int = 0,
 ) -> Inputs:  # fmt: skip
-    """Random normal inputs.
+    """Draw inputs from a normal distribution.
 
     Args:
-        padding: where the mask is false, one of ``PADDINGS``; the second half of the batch is padded less.
-        garbage: if not 0, what padded queries, keys and values hold, with random signs. ``dout`` is 0 there.
-        num_kept: leading positions that are never padding.
-        seed: of the generator.
+        batch, heads, length, head_dim: the shape of the inputs.
+        dtype: the dtype of the inputs. They are drawn in float64 and rounded.
+        padding: where the mask is false, one of ``PADDINGS``. Padded stretches get shorter along the batch.
+        garbage: if not 0, padded queries, keys and values are this number with random signs, and ``dout`` is 0 there.
+        num_kept: the number of leading positions that are never padding.
+        seed: the seed of the random numbers.
 
     Raises:
         ValueError: ``padding`` is unknown.
@@ -75,9 +77,9 @@ def _mask(padding: str, batch: int, length: int, generator: torch.Generator) -> 
 
 
 def relative_rms(actual: Tensor, expected: Tensor) -> float:
-    """Root mean square of actual - expected over that of expected, in float64.
+    """RMS of ``actual - expected``, divided by the RMS of ``expected``, in float64.
 
-    The latter counts as at least 1e-3, for inputs of size 1: where a gradient vanishes, both sides are rounding errors.
+    The divisor is at least 1e-3, for inputs of size 1: where a gradient vanishes, both tensors are rounding errors.
     """
     actual, expected = actual.detach().double(), expected.detach().double()
     if not expected.numel():
@@ -87,23 +89,26 @@ def relative_rms(actual: Tensor, expected: Tensor) -> float:
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
-    """Check the relative root mean square error of ``actual``.
+    """Check the relative RMS error of ``actual``.
 
-    ``tolerance``: by default that of ``actual``'s dtype, in ``TOLERANCES``.
+    Args:
+        name: the tensor's name in error messages.
+        actual, expected: tensors of one shape.
+        tolerance: the largest error allowed; by default the value in ``TOLERANCES`` for ``actual.dtype``.
 
     Raises:
-        AssertionError: it is too large, the shapes differ, or ``actual`` is not finite.
+        AssertionError: the error is too large, the shapes differ, or ``actual`` is not finite.
     """
     tolerance = TOLERANCES[actual.dtype] if tolerance is None else tolerance
     if actual.shape != expected.shape:
         raise AssertionError(f"{name}: expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}")
     error = relative_rms(actual, expected)
-    if not error <= tolerance:  # a NaN is an error too
+    if not error <= tolerance:  # fails for NaN, too
         raise AssertionError(f"{name}: relative RMS error {error:.2e} is above {tolerance:.0e}")
 
 
 def run_attention(inputs: Inputs, pattern: LSGPattern, **options: Any) -> dict[str, Tensor]:
-    """``out, dquery, dkey, dvalue`` of :func:`lsg_attn.lsg_attention`, called with ``options``."""
+    """Call :func:`lsg_attn.lsg_attention` with ``options`` and return ``out, dquery, dkey, dvalue`` by name."""
     query, key, value = (x.detach().requires_grad_() for x in inputs[:3])
     out = lsg_attention(query, key, value, pattern, inputs.attention_mask, **options)
     out.backward(inputs.dout)
@@ -113,7 +118,7 @@ def run_attention(inputs: Inputs, pattern: LSGPattern, **options: Any) -> dict[s
 
 
 def run_reference(inputs: Inputs, pattern: LSGPattern, **options: Any) -> dict[str, Tensor]:
-    """As :func:`run_attention`, by the reference in float64 on the same inputs."""
+    """As :func:`run_attention`, but with the reference implementation and the inputs in float64."""
     query, key, value, dout, mask = inputs
     exact = Inputs(query.double(), key.double(), value.double(), dout.double(), mask)
     return run_attention(exact, pattern, implementation="reference", **options)

@@ -81,7 +81,8 @@ def convert(
         tokenizer: the model's tokenizer, which gives the ids of BOS and MASK. By default it is loaded from the path.
         random_global_init: whether to draw the global tokens, except the first, from a normal distribution with the
             mean and covariance of the token embeddings, instead of using MASK.
-        keep_first_global_token: for an LSG-BART, whether to keep only the first global token and compute the others anew.
+        keep_first_global_token: for an LSG-BART, whether to keep the first global token and compute all others
+            anew.
         global_positional_stride: the distance in positions between most neighbouring global tokens.
         seed: the seed of all random numbers. They are used for ``random_global_init``, and for the positions of the
             global tokens if the source has fewer than 512 positions.
