@@ -3,7 +3,8 @@
     lsg-attn convert facebook/bart-base lsg-bart-4096 --max-length 4096
     python examples/finetune.py data.jsonl --model lsg-bart-4096 --output my-summarizer
 
-Each line of the data is a JSON object with the strings "document" and "summary". It needs `pip install accelerate`.
+Each line of the data is a JSON object with the strings "document" and "summary". The Trainer requires accelerate:
+`pip install accelerate`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from lsg_attn.bart import LSGBartConfig
 
 
 class Summaries(Dataset[dict[str, Any]]):
-    """The examples of a JSON-lines file, tokenized when asked for.
+    """The examples of a JSON-lines file. Each one is tokenized when it is read.
 
     Raises:
-        ValueError: a line has not both strings; it says which.
+        ValueError: a line lacks one of the two strings (the error gives its number), or the file has no examples.
     """
 
     def __init__(self, path: Path, tokenizer: Any, max_length: int, max_target_length: int) -> None:
@@ -35,7 +36,7 @@ class Summaries(Dataset[dict[str, Any]]):
                 if line.strip():
                     self.examples.append(self._parsed(line, f"{path}:{number}"))
         if not self.examples:
-            raise ValueError(f"{path}: expected at least one line")
+            raise ValueError(f"{path}: expected at least one example, got none")
 
     @staticmethod
     def _parsed(line: str, where: str) -> dict[str, str]:
@@ -58,22 +59,22 @@ class Summaries(Dataset[dict[str, Any]]):
 
 
 def main() -> None:
-    """Train and save."""
+    """Train the model and save it."""
     parser = argparse.ArgumentParser(description="Fine-tune an LSG-BART to summarize.")
     parser.add_argument("data", type=Path, help='JSON lines with "document" and "summary"')
-    parser.add_argument("--model", required=True, help="an LSG-BART, by name or folder")
-    parser.add_argument("--output", required=True, help="the folder for the trained model")
+    parser.add_argument("--model", required=True, help="name or folder of an LSG-BART")
+    parser.add_argument("--output", required=True, help="folder for the trained model")
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--max-target-length", type=int, default=256)
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third more time")
-    parser.add_argument("--bf16", action="store_true", help="mixed precision, on GPUs that have bfloat16")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory for about a third more time")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision, on GPUs that support bfloat16")
     options = parser.parse_args()
 
     model = AutoModelForSeq2SeqLM.from_pretrained(options.model)
     if not isinstance(model.config, LSGBartConfig):
-        parser.error(f"{options.model} is no LSG-BART: make one of it with `lsg-attn convert`")
+        parser.error(f"--model: expected an LSG-BART, got {options.model}; `lsg-attn convert` converts a BART")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     data = Summaries(options.data, tokenizer, model.config.max_position_embeddings, options.max_target_length)
     trainer = Seq2SeqTrainer(

@@ -1,8 +1,8 @@
-"""Summarize a long text file with an LSG-BART, or with a BART made one on the spot, in one piece.
+"""Summarize a long text file with an LSG-BART, or with a plain BART, which is converted first.
 
     python examples/summarize.py book.txt --model ccdv/lsg-bart-base-4096-arxiv
 
-Nothing is cut into chunks: the document is read up to the model's length, and what is beyond is said.
+The document is read in one piece, up to the model's length. If the document is longer, the output says so.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lsg_attn.bart import LSGBartConfig, convert
 
 
 def load(path: str, max_length: int | None) -> tuple[Any, Any]:
-    """The model and its tokenizer; a plain BART is converted for ``max_length`` tokens."""
+    """Load a model and its tokenizer. A plain BART is converted for ``max_length`` tokens."""
     if isinstance(AutoConfig.from_pretrained(path), LSGBartConfig):
         return AutoModelForSeq2SeqLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     print(f"{path} is a plain BART: converting it for {max_length or 4096} tokens (not fine-tuned for that length)")
@@ -27,18 +27,18 @@ def load(path: str, max_length: int | None) -> tuple[Any, Any]:
 
 
 def now(device: str) -> float:
-    """Seconds, when the device has done what it was told."""
+    """The time in seconds, after the device has finished its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def main() -> None:
-    """Read, summarize, print."""
+    """Read the file, summarize it, and print the summary and the speed."""
     parser = argparse.ArgumentParser(description="Summarize a long text file.")
     parser.add_argument("file", type=Path)
-    parser.add_argument("--model", required=True, help="an LSG-BART or BART, by name or folder")
-    parser.add_argument("--max-length", type=int, help="tokens to read (default: as many as the model can)")
+    parser.add_argument("--model", required=True, help="name or folder of an LSG-BART or BART")
+    parser.add_argument("--max-length", type=int, help="how many tokens to read (default: as many as the model can)")
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--num-beams", type=int, default=4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -48,14 +48,13 @@ def main() -> None:
     model = model.to(options.device, torch.float32 if options.device == "cpu" else torch.bfloat16).eval()
     limit = model.config.max_position_embeddings
     if options.max_length is not None and options.max_length > limit:
-        parser.error(f"--max-length {options.max_length}: {options.model} reads at most {limit} tokens")
+        parser.error(f"--max-length: expected at most {limit}, the length of {options.model}, got {options.max_length}")
     text = options.file.read_text(encoding="utf-8")
     inputs = tokenizer(text, truncation=True, max_length=options.max_length or limit, return_tensors="pt")
-    num_tokens, in_all = inputs["input_ids"].shape[1], len(tokenizer(text, verbose=False)["input_ids"])
-    print(f"reading {num_tokens} of {in_all} tokens" + (", the rest is left out" if num_tokens < in_all else ""))
+    num_tokens, total = inputs["input_ids"].shape[1], len(tokenizer(text, verbose=False)["input_ids"])
+    print(f"reading {num_tokens} of {total} tokens" + (", the rest is left out" if num_tokens < total else ""))
 
     inputs = {name: inputs[name].to(options.device) for name in ("input_ids", "attention_mask")}
-
     times = [now(options.device)]
     with torch.inference_mode():
         states = model.get_encoder()(**inputs, return_dict=True)
@@ -67,11 +66,12 @@ def main() -> None:
             num_beams=options.num_beams,
         )
         times.append(now(options.device))
-    new_tokens = len(summary) - 1  # the first is the decoder's start
+    new_tokens = len(summary) - 1  # without the decoder's start token
     print(f"\n{tokenizer.decode(summary, skip_special_tokens=True)}\n")
-    reading, writing = times[1] - times[0], times[2] - times[1]
+    encoding, generating = times[1] - times[0], times[2] - times[1]
     print(
-        f"read at {num_tokens / reading:.0f} tokens/s, wrote {new_tokens} tokens at {new_tokens / writing:.1f} tokens/s"
+        f"read at {num_tokens / encoding:.0f} tokens/s, "
+        f"wrote {new_tokens} tokens at {new_tokens / generating:.1f} tokens/s"
     )
 
 
