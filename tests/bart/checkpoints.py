@@ -1,5 +1,8 @@
 """The tiny checkpoints in tests/goldens/bart: what lsg-converter 0.1.9 published, and what it computed."""
 
+import atexit
+import shutil
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,14 +11,34 @@ import torch
 
 from lsg_attn.bart import LSGBartForConditionalGeneration
 
-FOLDER = Path(__file__).parent.parent / "goldens/bart"
+_NAMES = ("seq2seq_norm", "seq2seq_stride_no_pass", "seq2seq_pooling_mask_first")
+_TOKENIZER = ("merges.txt", "special_tokens_map.json", "tokenizer.json", "vocab.json")
+# What each checkpoint shares with another one. The repository stores a shared file once.
+_SHARED = {
+    "converted": ["base/generation_config.json", *(f"base/{name}" for name in _TOKENIZER)],
+    **{name: ["base/generation_config.json", "converted/model.safetensors"] for name in _NAMES},
+}
+
+
+def _assemble():
+    """A temporary folder of whole checkpoints, which is removed at exit."""
+    folder = Path(tempfile.mkdtemp(prefix="lsg-attn-checkpoints-"))
+    atexit.register(shutil.rmtree, folder)
+    shutil.copytree(Path(__file__).parent.parent / "goldens/bart", folder, dirs_exist_ok=True)
+    for name, files in _SHARED.items():
+        for file in files:
+            shutil.copy(folder / file, folder / name)
+    return folder
+
+
+FOLDER = _assemble()
 BASE, CONVERTED = FOLDER / "base", FOLDER / "converted"
-SEQ2SEQ = [FOLDER / name for name in ("seq2seq_norm", "seq2seq_stride_no_pass", "seq2seq_pooling_mask_first")]
+SEQ2SEQ = [FOLDER / name for name in _NAMES]
 CLASSIFY = FOLDER / "classify_bos_pooling"
 NORM = SEQ2SEQ[0]
 GENERATE = {"max_new_tokens": 16, "min_new_tokens": 8, "do_sample": False}
 
-# a configuration of random models for what was not recorded
+# The configuration of random models, for what was not recorded.
 TINY = {
     "vocab_size": 99,
     "d_model": 32,
@@ -33,7 +56,7 @@ TINY = {
 
 
 class Recorded(NamedTuple):
-    """What the original was given, by the argument's name, and what came out."""
+    """The original's inputs by argument name, and its results."""
 
     inputs: dict[str, torch.Tensor]
     results: dict[str, torch.Tensor]
@@ -48,7 +71,7 @@ def recorded(folder):
 
 
 def encoder_mask(model, attention_mask):
-    """Which of the encoder's states (batch, G+T) carry a meaning: those of globals and of tokens."""
+    """(batch, G+T): the encoder's states of globals and tokens, which are not padding."""
     num_globals = model.config.num_global_tokens if model.config.pass_global_tokens_to_decoder else 0
     return torch.nn.functional.pad(attention_mask, (num_globals, 0), value=1).bool()
 
