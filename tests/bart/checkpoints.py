@@ -71,7 +71,7 @@ def recorded(folder):
 
 
 def encoder_mask(model, attention_mask):
-    """(batch, G+T): the encoder's states of globals and tokens, which are not padding."""
+    """Which of the encoder's states are not padding, (batch, G+T) bool."""
     num_globals = model.config.num_global_tokens if model.config.pass_global_tokens_to_decoder else 0
     return torch.nn.functional.pad(attention_mask, (num_globals, 0), value=1).bool()
 

@@ -1,24 +1,25 @@
-"""Run the kernels of a forward and a backward on poisoned results."""
+"""Run the kernels on poisoned results: the one test file that knows how the library plans and launches them."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
-from lsg_attn import SPARSITY_TYPES, LSGPattern
+from lsg_attn import LSGPattern, operator
 from lsg_attn.call import Call, allocate, restore, to_save
 from lsg_attn.compression import Tokens, compress, lsh_directions
+from lsg_attn.fused import backward, launch
+from lsg_attn.fused import forward as forward_plan
 from lsg_attn.fused.backward import allocate_gradients, plan_backward
 from lsg_attn.fused.forward import plan_forward
 from lsg_attn.fused.launch import run_on
-from lsg_attn.fused.schedules import target_of
+from lsg_attn.fused.schedules import Schedule, Tuning, target_of
 from lsg_attn.reference import visible_slots, visible_tokens
 from lsg_attn.testing import Inputs, make_inputs
 
 DEVICE = torch.device("cuda")
-
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# What is unlike the default, for :func:`unusual_inputs`.
+# Patterns unlike the default, for :func:`unusual_inputs`.
 UNUSUAL_PATTERNS = [
     LSGPattern(18, 36, 3, "stride", 5),  # nothing is a power of two; s is more than B
     LSGPattern(20, 7, 5, "pooling", 3),  # s is less than the 4 slots of a block's right and left
@@ -35,57 +36,57 @@ UNUSUAL_PATTERNS = [
 
 
 def name_of(pattern):
-    """A pattern's name among the parameters of a test."""
+    """The name of a pattern as a test's parameter."""
     return f"{pattern.sparsity_type}-B{pattern.block_size}-s{pattern.sparse_block_size}"
 
 
-def each_type_and_dtype(shapes):
-    """(type, dtype, *shape) for each type and shape, the dtypes in turn: of six shapes, each dtype gets two."""
-    return [
-        (sparsity_type, DTYPES[(i + j) % 3], *shape)
-        for i, sparsity_type in enumerate(SPARSITY_TYPES)
-        for j, shape in enumerate(shapes)
-    ]
-
-
 def padded_inputs(pattern, tokens, head_dim, dtype, padding, heads=2):
-    """Inputs whose padding is garbage, but never a global or the first token, whose query ``bos_pooling`` pools by."""
+    """Inputs whose padding is garbage. Globals and the first token, whose query weights ``bos_pooling``, are kept."""
     first = pattern.num_global_tokens
     return make_inputs(1, heads, first + tokens, head_dim, dtype, padding, garbage=1e3, num_kept=first + 1)
 
 
 def default_inputs(pattern):
-    """For a pattern of default sizes, whose tiles lie in one block each and need no windows of their own."""
+    """Inputs for a pattern of default sizes: each tile lies in one block."""
     return padded_inputs(pattern, 5 * 128 - 60, 64, torch.bfloat16, "right")
 
 
 def unusual_inputs(pattern):
-    """The inputs that go with one of ``UNUSUAL_PATTERNS``."""
+    """Inputs for one of ``UNUSUAL_PATTERNS``."""
     padding = "left" if pattern.num_global_tokens % 2 else "random"
     return padded_inputs(pattern, 4 * pattern.block_size + 5, 32, torch.float32, padding, heads=3)
 
 
 def poison(tensors):
-    """Fill them with what no kernel writes: one that leaves an element out shows."""
+    """Fill them with values that no kernel writes, so that an element that is left out shows."""
     for x in tensors:
         x.fill_(float("nan") if x.is_floating_point() else -(1 << 30))
     return tensors
 
 
-def forward(inputs, pattern, **options):
-    """The Results of the kernels; options: those of :func:`call_of`."""
-    return run_forward(call_of(inputs, pattern, **options))
+class Attended(NamedTuple):
+    """Out, log-sum-exp and gradients of the kernels, on the GPU."""
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    dquery: torch.Tensor
+    dkey: torch.Tensor
+    dvalue: torch.Tensor
 
 
-def backward(inputs, pattern, dout=None, **options):
-    """The Gradients of the kernels, for the inputs' dout or another; options: those of :func:`call_of`."""
+def attend(inputs, pattern, **options):
+    """Run the kernels of a forward, and of the backward for the inputs' dout; options: those of :func:`call_of`."""
     call = call_of(inputs, pattern, **options)
     saved = to_save(call, run_forward(call))
     call = replace(call, directions=())
     results, gradients = restore(call, saved), poison(allocate_gradients(call))
-    dout = inputs.dout.to(DEVICE) if dout is None else dout
-    run_on(DEVICE, plan_backward(call, results, dout, gradients, target_of(DEVICE)))
-    return gradients
+    run_on(DEVICE, plan_backward(call, results, inputs.dout.to(DEVICE), gradients, target_of(DEVICE)))
+    return Attended(saved.out, saved.lse, *gradients)
+
+
+def forward(inputs, pattern, **options):
+    """Run the kernels of a forward alone and return their Results; options: those of :func:`call_of`."""
+    return run_forward(call_of(inputs, pattern, **options))
 
 
 def run_forward(call):
@@ -96,13 +97,42 @@ def run_forward(call):
 
 
 def call_of(inputs, pattern, attention_mask="inputs", dropout_p=0.0, seed=0, scale=None, directions=None):
-    """The call on a GPU; ``attention_mask``: that of the inputs by default, or another, or None."""
+    """The call on a GPU; ``attention_mask``: the inputs' own by default, or another, or None."""
     query, key, value, _, mask = (x.to(DEVICE) for x in inputs)
     mask = mask if isinstance(attention_mask, str) else attention_mask
     heads, head_dim = query.shape[1], query.shape[3]
     directions = lsh_directions(pattern, heads, head_dim) if directions is None else directions
     scale = head_dim**-0.5 if scale is None else scale
     return Call(query, key, value, mask, pattern, dropout_p, seed, scale, tuple(x.to(DEVICE) for x in directions))
+
+
+def use_parts_of(positions, monkeypatch):
+    """Split the work on the globals into parts of so many positions."""
+    monkeypatch.setattr(launch, "_PART", positions)
+
+
+def use_tiles_of(block_m, block_n, monkeypatch):
+    """Run forward and backward kernels with tiles of these sizes."""
+    schedule = Schedule(block_m, block_n, Tuning(4, 1))
+    monkeypatch.setattr(forward_plan, "forward_schedule", lambda *_: schedule)
+    monkeypatch.setattr(backward, "backward_schedule", lambda *_: schedule)
+
+
+def record_launches(monkeypatch):
+    """A list that the names of launched kernels go to. The kernels do not run."""
+    names = []
+    monkeypatch.setattr(launch.Launch, "run", lambda self: names.append(self.kernel.__name__))
+    return names
+
+
+def operator_calls(inputs, pattern, attention_mask, seed, dropout_p):
+    """Two functions that run the operator's forward and, given the forward's results, its backward."""
+    query, key, value, dout, _ = inputs
+    arguments = (query, key, value, attention_mask, seed, [], dropout_p, 0.25, *operator._fields(pattern))
+    return (
+        lambda: operator._attention(*arguments),
+        lambda results: operator._attention_backward(dout, results, *arguments),
+    )
 
 
 def to_double(inputs):
@@ -119,7 +149,7 @@ def exact_compression(inputs, pattern, directions, scale):
 
 
 def dense_scores(inputs, pattern, directions, scale):
-    """In float64, (batch, heads, length, columns) scores, -inf where a key is not visible, and the columns' values.
+    """Scores (batch, heads, length, columns) in float64, -inf if a key is not visible, and the columns' values.
 
     The columns are the positions of the sequence, then the slots.
     """

@@ -21,7 +21,7 @@ PATTERNS = [
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: f"{pattern.sparsity_type}-B{pattern.block_size}")
 @pytest.mark.parametrize("padding", ["none", "random", "left"])
-def test_maps(pattern, padding):
+def test_maps_equal_the_pytorch_compressions(pattern, padding):
     first = pattern.num_global_tokens
     length = first + 3 * pattern.block_size - 7
     inputs = make_inputs(2, 2, length, 24, padding=padding, garbage=1e3, num_kept=first + 1)
@@ -44,7 +44,7 @@ def test_maps(pattern, padding):
         assert_close(name, rows_of.cpu() * rows, expected.apply(x) * rows, 1e-6)
 
 
-def test_equal_norms_go_by_position():
+def test_keys_of_equal_norm_are_ranked_by_position():
     inputs = make_inputs(1, 1, 1 + 60, 16)
     inputs.key.copy_(torch.ones_like(inputs.key))
     index = forward(inputs, LSGPattern(16, 16, 4, "norm")).slot_index.cpu()
@@ -52,7 +52,7 @@ def test_equal_norms_go_by_position():
     assert torch.equal(chunks, torch.arange(0, 64, 16).unsqueeze(-1) + torch.tensor([3, 2, 1, 0]))
 
 
-def test_norms_that_are_no_numbers_are_still_ranked():
+def test_nan_norms_are_ranked_too():
     """Every slot names a token of its chunk, so that no gather reads outside."""
     inputs = make_inputs(1, 2, 1 + 60, 16)
     inputs.key[:, :, 5:40] = torch.nan

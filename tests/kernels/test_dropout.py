@@ -1,15 +1,12 @@
-"""Attention dropout in the kernels: which probabilities are dropped, by a Philox of our own, and how often."""
+"""Attention dropout in the kernels: which probabilities are dropped, by a Philox written here, and how often."""
 
 import numpy as np
 import pytest
 import torch
-from running import backward, dense_scores, forward
+from running import attend, dense_scores, forward, use_tiles_of
 
 from lsg_attn import LSGPattern
 from lsg_attn.compression import lsh_directions
-from lsg_attn.fused import backward as plan_backward
-from lsg_attn.fused import forward as plan
-from lsg_attn.fused.schedules import Schedule, Tuning
 from lsg_attn.testing import Inputs, assert_close, make_inputs
 
 SEED = 0x1234_5678_9ABC_DEF
@@ -42,7 +39,7 @@ def kept(pattern, shape, columns, p, seed=SEED):
 
 
 def with_dropout(inputs, pattern, p):
-    """Dense LSG attention in float64, dropping what the kernels should: out, dquery, dkey, dvalue."""
+    """Out, dquery, dkey, dvalue of dense LSG attention in float64 that drops what the kernels should drop."""
     _, heads, _, head_dim = inputs.query.shape
     leaves = [x.double().requires_grad_() for x in inputs[:3]]
     exact = Inputs(*leaves, *inputs[3:])
@@ -53,28 +50,27 @@ def with_dropout(inputs, pattern, p):
 
 
 def check(inputs, pattern, p):
-    """Out and gradients of the kernels."""
-    got = forward(inputs, pattern, dropout_p=p, seed=SEED).out, *backward(inputs, pattern, dropout_p=p, seed=SEED)
-    for name, x, expected in zip(NAMES, got, with_dropout(inputs, pattern, p), strict=True):
-        assert_close(name, x.cpu(), expected)
+    """Compare out and gradients of the kernels."""
+    got = attend(inputs, pattern, dropout_p=p, seed=SEED)
+    for name, expected in zip(NAMES, with_dropout(inputs, pattern, p), strict=True):
+        assert_close(name, getattr(got, name).cpu(), expected)
 
 
 @pytest.mark.parametrize("sparsity_type", ["norm", "bos_pooling", "lsh"])
-def test_drops_what_the_generator_says(sparsity_type):
-    """Long enough that windows of tiles start at blocks that are not at a multiple of four."""
+def test_the_generator_decides_what_is_dropped(sparsity_type):
+    """The sequence is so long that windows of tiles start at blocks that are no multiple of four."""
     pattern = LSGPattern(18, 18, 6, sparsity_type, 5)
     check(make_inputs(1, 2, 5 + 215, 16, padding="random", num_kept=6), pattern, 0.3)
 
 
-@pytest.mark.parametrize("schedule", [(16, 16), (64, 32), (128, 64)])
-def test_does_not_depend_on_tiles(schedule, monkeypatch):
-    monkeypatch.setattr(plan, "forward_schedule", lambda *_: Schedule(*schedule, Tuning(4, 1)))
-    monkeypatch.setattr(plan_backward, "backward_schedule", lambda *_: Schedule(*schedule, Tuning(4, 1)))
+@pytest.mark.parametrize("tile", [(16, 16), (64, 32), (128, 64)])
+def test_tiles_do_not_decide_what_is_dropped(tile, monkeypatch):
+    use_tiles_of(*tile, monkeypatch)
     pattern = LSGPattern(32, 32, 2, "pooling", 3)  # with 16 slots a block, as many as the smallest tiles
     check(make_inputs(1, 2, 3 + 170, 16, padding="right"), pattern, 0.5)
 
 
-def test_frequency():
+def test_mean_and_variance_of_dropout():
     """Equal keys and values of 1: out is the mean of Bernoulli draws over 1 - p."""
     inputs = make_inputs(1, 4, 2 + 200, 16)
     inputs.query.zero_()

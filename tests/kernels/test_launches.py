@@ -1,13 +1,12 @@
-"""What a call costs its host: launches, and no waiting for the device."""
+"""The host's cost of a call: its launches. It never waits for the device."""
 
 import pytest
 import torch
-from running import DEVICE
+from running import DEVICE, operator_calls, record_launches
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention, operator
-from lsg_attn.fused.launch import Launch
-from lsg_attn.testing import make_inputs
+from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
+from lsg_attn.testing import Inputs, make_inputs
 
 LAUNCHES = {"none": 1, "stride": 1, "block_stride": 1, "norm": 2, "pooling": 2, "bos_pooling": 2, "lsh": 2}
 READ = "aten::_local_scalar_dense"  # of item(), int() and the like
@@ -37,32 +36,31 @@ class Recorder(TorchDispatchMode):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The kernels that a call launches, which are not run."""
-    names = []
-    monkeypatch.setattr(Launch, "run", lambda self: names.append(self.kernel.__name__))
-    return names
+    """The names of the kernels that a call launches. The kernels do not run."""
+    return record_launches(monkeypatch)
 
 
 @pytest.mark.parametrize(("num_globals", "dropout_p"), [(0, 0.0), (3, 0.0), (3, 0.1)])
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
-def test_launches(sparsity_type, num_globals, dropout_p, launched):
-    """At most three: a compression, the attention, a combine of the global queries. PyTorch itself runs nothing.
+def test_operator_launches_few_kernels_and_never_waits(sparsity_type, num_globals, dropout_p, launched):
+    """A forward launches at most three: a compression, the attention, a combine of the global queries.
 
-    And of a backward at most six: the slots' rows again, delta, slots, weights, the gradients, a combine.
+    A backward launches at most six: the slots' rows again, delta, slots, weights, the gradients, a combine. PyTorch
+    itself runs nothing.
     """
     pattern = LSGPattern(16, 16, 4, sparsity_type, num_globals)
-    query, key, value, dout, mask = (x.to(DEVICE) for x in make_inputs(2, 4, num_globals + 90, 16))
+    inputs = Inputs(*(x.to(DEVICE) for x in make_inputs(2, 4, num_globals + 90, 16)))
     seed = torch.tensor(5) if dropout_p else None  # on the CPU: reading it waits for no device
-    arguments = (query, key, value, mask[:, num_globals:], seed, [], dropout_p, 0.25, *operator._fields(pattern))
-    results = operator._attention(*arguments)  # lsh's directions are drawn once
+    forward, backward = operator_calls(inputs, pattern, inputs.attention_mask[:, num_globals:], seed, dropout_p)
+    results = forward()  # lsh's directions are drawn once
     launched.clear()
     with torch._C.DisableTorchFunction(), Recorder() as recorder:  # ttsem fills new memory by such a function
-        operator._attention(*arguments)
+        forward()
     assert len(launched) == LAUNCHES[sparsity_type] + (num_globals > 0) <= 3
     assert launched[-1 - (num_globals > 0)] == "_lsg_fwd_kernel"
     launched.clear()
     with torch._C.DisableTorchFunction(), recorder:
-        operator._attention_backward(dout, results, *arguments)
+        backward(results)
     again = {"pooling": "_lsg_pool_kernel", "bos_pooling": "_lsg_pool_kernel", "lsh": "_lsg_lsh_kernel"}
     expected = [again[sparsity_type]] if sparsity_type in again else []
     expected += ["_lsg_bwd_delta_kernel"]
@@ -76,8 +74,8 @@ def test_launches(sparsity_type, num_globals, dropout_p, launched):
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_what_the_call_itself_runs(dropout_p, launched):
-    """The operator alone; with dropout a seed too, which is drawn and read on the CPU."""
+def test_lsg_attention_runs_only_the_operator(dropout_p, launched):
+    """With dropout it also draws a seed, on the CPU."""
     inputs = [x.to(DEVICE) for x in make_inputs(2, 4, 1 + 90, 16)]
     with Recorder() as recorder:
         lsg_attention(*inputs[:3], LSGPattern(16, 16, 4), inputs[4], dropout_p, implementation="triton")

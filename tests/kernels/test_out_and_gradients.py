@@ -1,58 +1,97 @@
-"""The forward kernels against the reference in float64, on inputs whose padding holds garbage."""
+"""The attention kernels against the reference in float64: out, log-sum-exp and the three gradients."""
 
 import pytest
 import recordings
 import torch
 from running import (
     DEVICE,
+    DTYPES,
     UNUSUAL_PATTERNS,
+    Attended,
+    attend,
     default_inputs,
     dense_scores,
-    each_type_and_dtype,
     forward,
     name_of,
     padded_inputs,
-    to_double,
     unusual_inputs,
+    use_parts_of,
 )
 from strategies import AWKWARD_SHAPES
+from torch.utils.checkpoint import checkpoint
 
-from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
+from lsg_attn import SPARSITY_TYPES, LSGAttention, LSGPattern, lsg_attention
 from lsg_attn.compression import lsh_directions
-from lsg_attn.fused import launch
-from lsg_attn.testing import TOLERANCES, Inputs, assert_close, make_inputs
+from lsg_attn.testing import TOLERANCES, Inputs, assert_close, make_inputs, run_reference
 
-
-def reference(inputs, pattern, **options):
-    query, key, value, _, mask = to_double(inputs)
-    return lsg_attention(query, key, value, pattern, mask, implementation="reference", **options)
-
-
-def reference_lse(inputs, pattern, directions, scale):
-    """The log-sum-exp of each query's scores, +inf where it sees nothing."""
-    lse = dense_scores(inputs, pattern, directions, scale)[0].logsumexp(-1)
-    return lse.masked_fill(lse == -torch.inf, torch.inf)
+GRADIENTS = ("dquery", "dkey", "dvalue")
+LONG_SHAPES = [  # (tokens, head_dim, num_global_tokens, padding) for blocks of B = 32: T = 2B+1, 7B-3, 9B
+    (65, 40, 130, "middle"),
+    (7 * 32 - 3, 128, 1, "left"),
+    (7 * 32 - 3, 64, 0, "random"),
+    (65, 128, 17, "right"),
+    (7 * 32 - 3, 40, 17, "middle"),
+    (9 * 32, 64, 1, "right"),
+]
+# (type, dtype, *shape) for each type and shape. The dtypes take turns: each gets two of six shapes.
+CASES = dict.fromkeys(
+    (sparsity_type, DTYPES[(i + j) % 3], *shape)
+    for i, sparsity_type in enumerate(SPARSITY_TYPES)
+    for shapes in (AWKWARD_SHAPES, LONG_SHAPES)
+    for j, shape in enumerate(shapes)
+)
 
 
 def check(inputs, pattern, scale=None):
-    """Rows of padding, whose queries are garbage too, need only be finite."""
+    """Run the kernels and compare."""
+    assert_equals_reference(attend(inputs, pattern, scale=scale), inputs, pattern, scale)
+
+
+def assert_equals_reference(got, inputs, pattern, scale=None):
+    """Compare out and lse where the query is a token, and the gradients everywhere.
+
+    The gradients of the globals are sums over all positions. They are compared separately, so that their size does
+    not hide errors in the gradients of the tokens.
+    """
+    expected = run_reference(inputs, pattern, scale=scale)
+    assert_forward_equals(got, expected["out"], inputs, pattern, scale)
+    first = pattern.num_global_tokens
+    for name in GRADIENTS:
+        for positions, part in (("tokens", slice(first, None)), ("globals", slice(0, first))):
+            assert_close(f"{name} of {positions}", getattr(got, name)[:, :, part].cpu(), expected[name][:, :, part])
+
+
+def assert_forward_equals(got, expected_out, inputs, pattern, scale=None):
+    """Compare out and lse where the query is a token. Out is finite everywhere."""
+    out, lse = got.out.cpu(), got.lse.cpu()
+    rows = inputs.attention_mask[:, None, :, None]
+    assert out.isfinite().all()
+    assert_close("out", out * rows, expected_out * rows)
+    expected_lse = reference_lse(inputs, pattern, scale)
+    sees_nothing = expected_lse == torch.inf
+    assert torch.equal(lse == torch.inf, sees_nothing)
+    assert lse[~sees_nothing].isfinite().all()
+    seen = rows[..., 0] & ~sees_nothing
+    assert_close("lse", lse.where(seen, 0.0), expected_lse.where(seen, 0.0), TOLERANCES[out.dtype])
+
+
+def reference_lse(inputs, pattern, scale=None):
+    """The log-sum-exp of each query's scores, +inf where it sees nothing."""
     heads, head_dim = inputs.query.shape[1], inputs.query.shape[3]
     scale = head_dim**-0.5 if scale is None else scale
-    rows = inputs.attention_mask[:, None, :, None]
-    results = forward(inputs, pattern, scale=scale)
-    out, lse = results.out.cpu(), results.lse.cpu()
-    assert out.isfinite().all()
-    assert_close("out", out * rows, reference(inputs, pattern, scale=scale) * rows, TOLERANCES[out.dtype])
-    expected = reference_lse(inputs, pattern, lsh_directions(pattern, heads, head_dim), scale)
-    assert torch.equal(lse.isinf(), expected.isinf())
-    seen = rows[..., 0] & expected.isfinite()
-    assert_close("lse", lse.where(seen, 0.0), expected.where(seen, 0.0), TOLERANCES[out.dtype])
+    scores, _ = dense_scores(inputs, pattern, lsh_directions(pattern, heads, head_dim), scale)
+    lse = scores.logsumexp(-1)
+    return lse.masked_fill(lse == -torch.inf, torch.inf)
 
 
-@pytest.mark.parametrize(
-    ("sparsity_type", "dtype", "tokens", "head_dim", "num_globals", "padding"), each_type_and_dtype(AWKWARD_SHAPES)
-)
-def test_each_type_and_dtype(sparsity_type, dtype, tokens, head_dim, num_globals, padding):
+def assert_same_bits(got, expected):
+    """Compare two :class:`Attended`."""
+    for name, x, y in zip(Attended._fields, got, expected, strict=True):
+        assert torch.equal(x, y), name
+
+
+@pytest.mark.parametrize(("sparsity_type", "dtype", "tokens", "head_dim", "num_globals", "padding"), CASES)
+def test_each_type_dtype_and_shape(sparsity_type, dtype, tokens, head_dim, num_globals, padding):
     pattern = LSGPattern(32, 32, 4, sparsity_type, num_globals)
     check(padded_inputs(pattern, tokens, head_dim, dtype, padding), pattern)
 
@@ -63,134 +102,271 @@ def test_blocks_as_large_as_a_tile(sparsity_type):
     check(default_inputs(pattern), pattern)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("sparsity_type", "padding"), [("norm", "ends"), ("pooling", "middle"), ("stride", "ends")])
+def test_windows_that_end_within_a_block(sparsity_type, padding, dtype):
+    """s f is no multiple of B, though tiles lie in one block each."""
+    pattern = LSGPattern(64, 16, 2, sparsity_type, 1)
+    check(padded_inputs(pattern, 6 * 64 - 3, 40, dtype, padding), pattern)
+
+
 @pytest.mark.parametrize("pattern", UNUSUAL_PATTERNS, ids=name_of)
 def test_unusual_patterns(pattern):
+    """Windows that do not end with a block's slots, tiles that span many blocks, chunks that are not a block."""
     check(unusual_inputs(pattern), pattern)
 
 
 @pytest.mark.parametrize("path", recordings.PATHS, ids=lambda path: path.stem)
-def test_recording(path):
-    """What the original gave (lsg-converter 0.1.9)."""
+def test_equals_the_recording(path):
+    """The results of the original, lsg-converter 0.1.9."""
     pattern, inputs, directions, results = recordings.load(path)
-    assert_close("out", forward(inputs, pattern, directions=directions).out.cpu(), results["out"])
+    got = attend(inputs, pattern, directions=directions)
+    for name in ("out", *GRADIENTS):
+        assert_close(name, getattr(got, name).cpu(), results[name])
 
 
 @pytest.mark.parametrize(
     ("head_dim", "dtype"),
     [(1, torch.float16), (16, torch.float32), (200, torch.bfloat16), (256, torch.float16), (256, torch.float32)],
 )
-def test_head_dims(head_dim, dtype):
+def test_smallest_and_largest_head_dims(head_dim, dtype):
     pattern = LSGPattern(16, 16, 4, "pooling")
     check(padded_inputs(pattern, 100, head_dim, dtype, "right"), pattern)
 
 
-def test_masks():
-    """Of the tokens or of all positions, of any integer type and strides, and none where all are tokens."""
-    pattern = LSGPattern(16, 16, 4, "stride", 3)
-    inputs = Inputs(*(x.to(DEVICE) for x in make_inputs(2, 1, 3 + 60, 16, padding="random", num_kept=3)))
-    mask = inputs.attention_mask
-    expected = forward(inputs, pattern).out
-    wide = torch.zeros(2, 63, 2, dtype=torch.int64, device=DEVICE)
-    wide[..., 0] = mask * 7
-    for same in (mask[:, 3:], mask.int(), wide[..., 0], mask.t().contiguous().t()):
-        assert torch.equal(forward(inputs, pattern, attention_mask=same).out, expected)
-    ones = inputs._replace(attention_mask=torch.ones_like(mask))
-    assert_close("out", forward(inputs, pattern, attention_mask=None).out.cpu(), reference(ones, pattern), 1e-5)
-
-
-def test_strides():
-    """The (batch, length, heads, head_dim) memory of a projection, one query for all heads, columns of a matrix."""
-    pattern = LSGPattern(16, 16, 4, "pooling", 3)
-    # on the device before they get their strides, as a copy to it would not keep them
-    inputs = Inputs(*(x.to(DEVICE) for x in make_inputs(2, 2, 3 + 90, 16, padding="right")))
-    expected = forward(inputs, pattern).out
-    query, key, value = inputs[:3]
-    strided = (
-        query.transpose(1, 2).contiguous().transpose(1, 2),
-        torch.stack([key, key], -1)[..., 0],
-        value.mT.contiguous().mT,
-    )
-    assert torch.equal(forward(Inputs(*strided, *inputs[3:]), pattern).out, expected)
-    expanded = inputs._replace(query=query[:, :1].expand_as(query))
-    whole = inputs._replace(query=query[:, :1].repeat(1, 2, 1, 1))
-    assert torch.equal(forward(expanded, pattern).out, forward(whole, pattern).out)
-    assert expected.transpose(1, 2).is_contiguous()
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1.7, 40.0])
+@pytest.mark.parametrize("scale", [1e-3, 1.7])
 @pytest.mark.parametrize("padding", ["none", "left"])
 def test_scales(scale, padding):
-    """Without globals, so that some rows see nothing of the first tiles."""
+    """There are no globals, so that some rows see nothing of the first tiles."""
     check(make_inputs(1, 2, 130, 16, padding=padding, garbage=1e3), LSGPattern(16, 16, 4, "stride", 0), scale=scale)
 
 
-@pytest.mark.parametrize("sizes", [(1 << 30, 0, 0, "none"), (16, (1 << 31) - 1, 4, "pooling")])
-def test_sizes_that_mean_no_limit(sizes):
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_large_scale(padding):
+    """Probabilities are 0 or 1 here, so that the gradients of queries and keys are mostly rounding errors."""
+    pattern, scale = LSGPattern(16, 16, 4, "stride", 0), 40.0
+    inputs = make_inputs(1, 2, 130, 16, padding=padding, garbage=1e3)
+    expected = run_reference(inputs, pattern, scale=scale)["out"]
+    assert_forward_equals(forward(inputs, pattern, scale=scale), expected, inputs, pattern, scale)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(1 << 30, 0, 0, "none"), (16, (1 << 31) - 1, 4, "pooling"), (16, 1 << 28, 8, "stride")]
+)
+def test_sizes_beyond_any_sequence(sizes):
     check(make_inputs(1, 1, 1 + 59, 16), LSGPattern(*sizes))
 
 
-@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
-def test_queries_that_see_nothing(sparsity_type):
-    """Everything is padding in one sequence; in the other, all that the first blocks and their slots see."""
-    pattern = LSGPattern(16, 16, 4, sparsity_type, 3)
-    inputs = make_inputs(2, 2, 3 + 200, 16, torch.float16)
-    inputs.attention_mask[0] = False
-    inputs.attention_mask[1, : 3 + 160] = False
-    results = forward(inputs, pattern)
-    assert not results.out[0].any()
-    assert (results.lse[0] == torch.inf).all()
-    assert not results.out[1, :, 3:19].any()
-    assert (results.lse[1, :, 3:19] == torch.inf).all()
-    rows = inputs.attention_mask[1, :, None]
-    assert_close("out", results.out[1].cpu() * rows, reference(inputs, pattern)[1] * rows)
-
-
 @pytest.mark.parametrize("shape", [(0, 2, 40, 16), (1, 2, 3, 16), (1, 1, 4, 16)])
-def test_nothing_or_globals_alone(shape):
-    inputs = make_inputs(*shape)
-    pattern = LSGPattern(16, num_global_tokens=3)
-    assert_close("out", forward(inputs, pattern).out.cpu(), reference(inputs, pattern), 1e-5)
+def test_empty_batch_and_globals_alone(shape):
+    check(make_inputs(*shape), LSGPattern(16, num_global_tokens=3))
 
 
-def test_many_parts_of_the_global_queries(monkeypatch):
-    """More parts than the combine takes at once, and some that see nothing."""
-    monkeypatch.setattr(launch, "_PART", 16)
+def test_many_parts_of_the_globals(monkeypatch):
+    """There are more parts than the combine takes at once, and some keep nothing."""
+    use_parts_of(16, monkeypatch)
     inputs = make_inputs(1, 2, 2 + 40 * 16, 16)
     inputs.attention_mask[:, 16 * 7 : 16 * 9] = False
     check(inputs, LSGPattern(64, num_global_tokens=2, sparsity_type="none"))
 
 
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
-def test_as_callers_call_it(sparsity_type):
-    """By lsg_attention, whose "auto" takes the kernels."""
-    pattern = LSGPattern(16, 16, 4, sparsity_type, 3, lsh_seed=5)
-    inputs = make_inputs(2, 2, 3 + 90, 16, torch.float16, "right", num_kept=3)
-    query, key, value, _, mask = (x.to(DEVICE) for x in inputs)
-    got = lsg_attention(query, key, value, pattern, mask, scale=0.4)
-    assert torch.equal(got, forward(inputs, pattern, scale=0.4).out)
-    assert_close("out", got.cpu(), reference(inputs, pattern, scale=0.4))
+def test_queries_that_see_nothing_and_keys_that_nothing_sees(sparsity_type):
+    """One sequence is all padding. In the other, the first blocks see only padding."""
+    pattern = LSGPattern(16, 16, 4, sparsity_type, 3)
+    inputs = make_inputs(2, 2, 3 + 200, 16, torch.float16)
+    inputs.attention_mask[0] = False
+    inputs.attention_mask[1, : 3 + 160] = False
+    got = attend(inputs, pattern)
+    assert_equals_reference(got, inputs, pattern)
+    assert not got.out[0].any()
+    assert (got.lse[0] == torch.inf).all()
+    assert not got.out[1, :, 3:19].any()
+    assert (got.lse[1, :, 3:19] == torch.inf).all()
+    for x in (got.dquery, got.dkey, got.dvalue):
+        assert not x[0].any()
+    for x in (got.dkey, got.dvalue):  # padding has no gradient, whatever it holds
+        assert not x[1, :, : 3 + 160].any()
 
 
-def test_dropout_as_callers_call_it():
-    """Seeded by torch.manual_seed."""
-    pattern = LSGPattern(16, num_global_tokens=3)
-    inputs = make_inputs(1, 2, 3 + 60, 16)
-    query, key, value = (x.to(DEVICE) for x in inputs[:3])
+@pytest.mark.parametrize("sparsity_type", ["stride", "norm"])
+def test_masks_of_any_length_type_and_strides(sparsity_type):
+    """A mask covers the tokens or all positions. No mask means that all are tokens."""
+    pattern = LSGPattern(16, 16, 4, sparsity_type, 3)
+    inputs = make_inputs(2, 1, 3 + 60, 16, padding="random", num_kept=3)
+    expected = attend(inputs, pattern)
+    mask = inputs.attention_mask.to(DEVICE)
+    wide = torch.zeros(2, 63, 2, dtype=torch.int64, device=DEVICE)
+    wide[..., 0] = mask * 7
+    for same in (mask[:, 3:], mask.int(), wide[..., 0], mask.t().contiguous().t()):
+        assert_same_bits(attend(inputs, pattern, attention_mask=same), expected)
+    ones = inputs._replace(attention_mask=torch.ones_like(inputs.attention_mask))
+    assert_equals_reference(attend(inputs, pattern, attention_mask=None), ones, pattern)
 
-    def drop(seed):
-        torch.manual_seed(seed)
-        return lsg_attention(query, key, value, pattern, dropout_p=0.5, implementation="triton")
 
-    torch.manual_seed(1)
-    seed = int(torch.randint(1 << 62, ()))
-    assert torch.equal(drop(1), forward(inputs, pattern, attention_mask=None, dropout_p=0.5, seed=seed).out)
-    assert not torch.equal(drop(1), drop(2))
+@pytest.mark.parametrize("sparsity_type", ["pooling", "bos_pooling"])
+def test_strides_change_no_bit(sparsity_type):
+    """Out is stored as a projection wants it. Gradients have the strides of the inputs if those are dense."""
+    pattern = LSGPattern(16, 16, 4, sparsity_type, 3)
+    # on the device before they get their strides, as a copy to it would not keep them
+    inputs = Inputs(*(x.to(DEVICE) for x in make_inputs(2, 2, 3 + 90, 16, padding="right")))
+    expected = attend(inputs, pattern)
+    assert expected.out.transpose(1, 2).is_contiguous()
+    query, key, value, dout, mask = inputs
+    strided = Inputs(
+        query.transpose(1, 2).contiguous().transpose(1, 2),
+        torch.stack([key, key], -1)[..., 0],
+        value.mT.contiguous().mT,
+        dout.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+        mask,
+    )
+    got = attend(strided, pattern)
+    assert_same_bits(got, expected)
+    for name, x in zip(GRADIENTS, strided, strict=False):
+        assert getattr(got, name).stride() == torch.empty_like(x).stride()
+    head = query[:, :1]
+    one, ones = torch.ones((), device=DEVICE), torch.ones_like(dout)
+    expanded = inputs._replace(query=head.expand_as(query), dout=one.expand_as(dout))
+    assert_same_bits(
+        attend(expanded, pattern), attend(inputs._replace(query=head.repeat(1, 2, 1, 1), dout=ones), pattern)
+    )
 
 
-@pytest.mark.parametrize("sparsity_type", ["norm", "pooling"])
+@pytest.mark.parametrize("sparsity_type", ["norm", "pooling", "bos_pooling", "lsh"])
 def test_the_same_bits_again(sparsity_type):
     inputs = make_inputs(2, 2, 3 + 150, 16, torch.float16, padding="random")
-    first, again = (
-        forward(inputs, LSGPattern(16, 16, 4, sparsity_type, 3), dropout_p=0.1, seed=5).out for _ in range(2)
-    )
-    assert torch.equal(first, again)
+    pattern = LSGPattern(16, 16, 4, sparsity_type, 3)
+    first, again = (attend(inputs, pattern, dropout_p=0.1, seed=5) for _ in range(2))
+    assert_same_bits(again, first)
+
+
+@pytest.mark.parametrize("sparsity_type", ["none", "stride", "block_stride", "pooling", "bos_pooling"])
+def test_gradients_are_the_slopes_of_out(sparsity_type):
+    """By differences of the kernels' out a step to either side of the inputs."""
+    pattern = LSGPattern(16, 16, 4, sparsity_type, 3)
+    inputs = make_inputs(1, 2, 3 + 90, 16, padding="random", num_kept=4)
+    options = {"dropout_p": 0.2, "seed": 7}
+    steps = make_inputs(1, 2, 3 + 90, 16, seed=1)[:3]
+    _, _, *gradients = attend(inputs, pattern, **options)
+    for i, (gradient, step) in enumerate(zip(gradients, steps, strict=True)):
+        sums = []
+        for size in (-1e-2, 1e-2):
+            moved = [x + size * step if i == j else x for j, x in enumerate(inputs[:3])]
+            out = forward(Inputs(*moved, *inputs[3:]), pattern, **options).out
+            sums.append((out.cpu().double() * inputs.dout).sum().item())
+        slope = (gradient.cpu().double() * step).sum().item()
+        assert (sums[1] - sums[0]) / 2e-2 == pytest.approx(slope, rel=1e-3)
+
+
+def on_device(inputs):
+    """The inputs on the GPU, the first three as leaves."""
+    *qkv, dout, mask = (x.to(DEVICE) for x in inputs)
+    return [x.detach().requires_grad_() for x in qkv], dout, mask
+
+
+def assert_runs_as(run, inputs, expected):
+    """Compare out and gradients of a function of query, key and value with those of ``expected``, bit for bit."""
+    leaves, dout, _ = on_device(inputs)
+    out = run(*leaves)
+    out.backward(dout)
+    assert torch.equal(out, expected.out)
+    for name, x in zip(GRADIENTS, leaves, strict=True):
+        assert torch.equal(x.grad, getattr(expected, name)), name
+
+
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+def test_lsg_attention_runs_the_kernels(sparsity_type):
+    """Its "auto" chooses them, also under checkpointing of both kinds."""
+    pattern = LSGPattern(16, 16, 4, sparsity_type, 3, lsh_seed=5)
+    inputs = make_inputs(2, 2, 3 + 90, 16, torch.float16, "right", num_kept=3)
+    mask = inputs.attention_mask.to(DEVICE)
+    expected = attend(inputs, pattern, scale=0.4)
+    assert_equals_reference(expected, inputs, pattern, scale=0.4)
+    assert_close("out of padding too", expected.out.cpu(), run_reference(inputs, pattern, scale=0.4)["out"])
+
+    def call(query, key, value):
+        return lsg_attention(query, key, value, pattern, mask, scale=0.4)
+
+    for run in (
+        call,
+        lambda *x: checkpoint(call, *x, use_reentrant=False),
+        lambda *x: checkpoint(call, *x, use_reentrant=True),
+    ):
+        assert_runs_as(run, inputs, expected)
+
+
+def test_manual_seed_decides_what_is_dropped():
+    """The backward drops the same as the forward, and the second forward of a checkpoint the same as the first."""
+    pattern = LSGPattern(16, num_global_tokens=3)
+    inputs = make_inputs(1, 2, 3 + 60, 16)
+    torch.manual_seed(1)
+    seed = int(torch.randint(1 << 62, ()))
+    expected = attend(inputs, pattern, attention_mask=None, dropout_p=0.5, seed=seed)
+
+    def drop(query, key, value, implementation="auto"):
+        return lsg_attention(query, key, value, pattern, dropout_p=0.5, implementation=implementation)
+
+    for run in (
+        drop,
+        lambda *x: drop(*x, implementation="triton"),
+        lambda *x: checkpoint(drop, *x, use_reentrant=True),
+    ):
+        torch.manual_seed(1)
+        assert_runs_as(run, inputs, expected)
+    torch.manual_seed(2)
+    assert not torch.equal(drop(*on_device(inputs)[0]), expected.out)
+
+
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+def test_autograd_saves_only_lse_and_the_choice(sparsity_type):
+    """Bytes besides q, k, v, out and the mask: lse, and the compression's choice."""
+    heads, tokens, head_dim, factor = 4, 96, 16, 4
+    pattern = LSGPattern(16, 16, factor, sparsity_type, 3)
+    leaves, _, mask = on_device(make_inputs(2, heads, 3 + tokens, head_dim, torch.bfloat16))
+    saved = {}
+
+    def save(x):
+        saved[x.data_ptr()] = x.nbytes  # of no memory, 0
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+        out = lsg_attention(*leaves, pattern, mask)
+    choice = {"norm": 4 * 2 * heads * tokens // factor, "lsh": 4 * 2 * heads * tokens}
+    lse = 4 * 2 * heads * (3 + tokens)
+    assert sum(saved.values()) == 4 * out.nbytes + mask.nbytes + lse + choice.get(sparsity_type, 0)
+
+
+def test_second_derivative_is_an_error():
+    """Not a gradient with a term missing."""
+    leaves, dout, mask = on_device(make_inputs(1, 1, 3 + 40, 16))
+    out = lsg_attention(*leaves, LSGPattern(16, num_global_tokens=3), mask)
+    (dquery,) = torch.autograd.grad(out, leaves[0], dout, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        dquery.sum().backward()
+
+
+@pytest.mark.parametrize("sparsity_type", ["norm", "bos_pooling"])
+def test_losses_of_training_equal_the_references(sparsity_type):
+    """20 steps of a tiny layer."""
+    pattern = LSGPattern(16, 16, 4, sparsity_type, 2)
+    losses = {implementation: train(pattern, implementation) for implementation in ("triton", "reference")}
+    assert losses["triton"] == pytest.approx(losses["reference"], rel=1e-4)
+    assert losses["triton"][-1] < 0.8 * losses["triton"][0]
+
+
+def train(pattern, implementation):
+    """The losses of a layer that learns to copy its input, shifted by 40 tokens."""
+    torch.manual_seed(0)
+    layer = LSGAttention(32, 2, pattern, implementation=implementation).to(DEVICE)
+    hidden = torch.randn(2, 2 + 75, 32).to(DEVICE)
+    mask = torch.ones(2, 2 + 75, dtype=torch.bool, device=DEVICE)
+    mask[1, 60:] = False
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = (layer(hidden, mask) - hidden.roll(40, 1)).square()[mask].mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses

@@ -1,4 +1,4 @@
-"""What the tile helpers do where tensors of a test can not reach."""
+"""The tile helpers at offsets that a test's tensors cannot reach."""
 
 import torch
 import triton
@@ -17,8 +17,8 @@ def _offsets(x_ptr, out_ptr, strides, batch, head, first_row, ROWS: tl.constexpr
     tl.store(out_ptr + tl.arange(0, ROWS)[:, None] * COLUMNS + offs_d[None, :], bytes_from_x // 4)
 
 
-def test_offsets_pass_two_to_the_31():
-    """Of a batch, a head, a row and a column, each by itself."""
+def test_offsets_beyond_two_to_the_31():
+    """Of a batch, a head, a row and a column, one at a time."""
     x = torch.zeros(1, device=DEVICE)
     for strides in (
         ((1 << 31) - 8, 64, 16, 1),
