@@ -140,7 +140,7 @@ def dense_layers(encoder: Any, ids: Tensor) -> Iterator[QKV]:
 
 def _read(options: argparse.Namespace) -> tuple[Any, Tensor]:
     """The checkpoint's encoder, and the text's ids (1, T)."""
-    from lsg_attn.bart.demo import encode, load
+    from lsg_attn.cli.demo_model import encode, load
 
     model, tokenizer = load(str(options.model), options.tokens)
     return model.get_encoder().eval(), encode(read_document(options.file), tokenizer, options.tokens)

@@ -56,7 +56,7 @@ def _demo(options: argparse.Namespace) -> None:
         run_demo(_console(), options.tokens, options.file, options.tokenizer)
         return
     _need_transformers("--model" if options.size is None else "--size")
-    from ..bart.demo import run_bart_demo
+    from .demo_model import run_bart_demo
 
     run_bart_demo(_console(), options.tokens, options.file, options.model, options.size)
 

@@ -12,7 +12,7 @@ import torch
 from checkpoints import BASE, CONVERTED, NORM, seq2seq
 
 from lsg_attn.bart import LSGBartConfig, LSGBartForConditionalGeneration
-from lsg_attn.bart.demo import SIZES
+from lsg_attn.cli.demo_model import SIZES
 from lsg_attn.cli.main import main
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-from ..cli.demo import read_document
+from ..bart.configuration import LSGBartConfig
+from ..bart.conversion import convert, load_tokenizer
+from ..bart.modeling import LSGBartForConditionalGeneration
 from ..memory import peak_resident
-from .configuration import LSGBartConfig
-from .conversion import convert, load_tokenizer
-from .modeling import LSGBartForConditionalGeneration
+from .demo import read_document
 
 # width, layers, heads and feed-forward of each of the two stacks (arXiv 1910.13461)
 SIZES = {"base": (768, 6, 12, 3072), "large": (1024, 12, 16, 4096)}
