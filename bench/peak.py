@@ -13,7 +13,7 @@ import torch
 from bench import fresh, peers
 from bench.cases import FORWARD, Case
 from bench.subject import Subject, make_step, make_subject
-from lsg_attn.memory import peak_growth
+from lsg_attn.memory import peak_memory
 
 _WARM_TOKENS = 1024
 
@@ -33,7 +33,8 @@ def _peak(name: str, case: Case) -> int | None:
     if case.level == "attention" or case.step != FORWARD:
         step()
     subject.clear_gradients()
-    return peak_growth(step)
+    peak = peak_memory(step)
+    return None if peak is None else peak.growth
 
 
 def cuda_peak_bytes(subject: Subject, step: Callable[[], object]) -> int:

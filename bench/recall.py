@@ -20,7 +20,8 @@ from torch import Tensor
 
 from bench.timing import Clock, Step, interleave, ratio, spread
 from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
-from lsg_attn.cli.demo import progress_bar, read_document
+from lsg_attn.cli.document import read_document
+from lsg_attn.cli.output import progress_bar
 from lsg_attn.compression import Tokens, compress
 from lsg_attn.reference import visible_in_slots, visible_slots, visible_tokens
 from lsg_attn.testing import relative_rms
@@ -34,11 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Print a line for each pattern."""
     options = _parse(arguments)
     console = Console(width=110)
-    model, ids = _read(options)
+    model, ids, source = _read(options)
     tokens = ids.shape[1]
     patterns = patterns_of(options.factors, options.block_size, model.num_global_tokens)
     console.print(
-        f"{options.file or 'pydoc_data.topics'}, the first {tokens} tokens, read by {options.model}: "
+        f"{source}, the first {tokens} tokens, read by {options.model}: "
         f"{len(model.layers)} layers, {model.layers[0].self_attn.num_heads} heads, {torch.get_num_threads()} threads.",
         markup=False,
     )
@@ -138,12 +139,13 @@ def dense_layers(encoder: Any, ids: Tensor) -> Iterator[QKV]:
             yield attention.project(hidden)
 
 
-def _read(options: argparse.Namespace) -> tuple[Any, Tensor]:
-    """The checkpoint's encoder, and the text's ids (1, T)."""
+def _read(options: argparse.Namespace) -> tuple[Any, Tensor, str]:
+    """The checkpoint's encoder, the text's ids (1, T), and where the text comes from."""
     from lsg_attn.cli.demo_model import encode, load
 
     model, tokenizer = load(str(options.model), options.tokens)
-    return model.get_encoder().eval(), encode(read_document(options.file), tokenizer, options.tokens)
+    document = read_document(options.file)
+    return model.get_encoder().eval(), encode(document.text, tokenizer, options.tokens), document.source
 
 
 def _speeds(patterns: Sequence[LSGPattern], qkv: QKV) -> dict[LSGPattern, tuple[float, float]]:

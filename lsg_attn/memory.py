@@ -1,4 +1,4 @@
-"""Peak memory of a call, for the demo and the bench."""
+"""Peak memory of a call, for the demos and the bench."""
 
 from __future__ import annotations
 
@@ -7,31 +7,35 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 
-def peak_growth(call: Callable[[], object]) -> int | None:
-    """Run ``call`` and return by how many bytes the process grew at its peak.
+class Peak(NamedTuple):
+    """The memory of the whole process during a call, in bytes."""
 
-    That is the growth of the resident high-water mark, which only Linux lets us reset; None elsewhere.
+    resident: int  # the most that was resident at once
+    growth: int  # the same, less what was resident before the call
+
+
+def peak_memory(call: Callable[[], object]) -> Peak | None:
+    """Run ``call`` and return the peak memory of the process.
+
+    The peak is the high-water mark of resident memory. It is None except on Linux, where a process can reset the mark.
     """
     before = _reset_high_water_mark()
     call()
-    return None if before is None else max(_status_bytes("VmHWM") - before, 0)
-
-
-def peak_resident(call: Callable[[], object]) -> int | None:
-    """Run ``call`` and return how many bytes the whole process held at its peak; None where that is not known."""
-    before = _reset_high_water_mark()
-    call()
-    return None if before is None else _status_bytes("VmHWM")
+    if before is None:
+        return None
+    resident = _status_bytes("VmHWM")
+    return Peak(resident, max(resident - before, 0))
 
 
 def _reset_high_water_mark() -> int | None:
-    """Give freed memory back to the system, set the mark to what is resident now, and return that."""
+    """Give freed memory back to the system, set the mark to the resident memory, and return it."""
     if not sys.platform.startswith("linux"):
         return None
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # else memory freed earlier would be used again and not be seen
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # otherwise the call could reuse freed memory without raising the mark
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError):  # another C library, or a sandbox without /proc
         return None

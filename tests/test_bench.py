@@ -1,6 +1,8 @@
 """The bench: its checks, statistics, arithmetic, files and plans. Speed itself is not tested."""
 
+import ast
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ from bench.record import Writer, read
 from bench.subject import DisagreementError, check, make_step, make_subject
 from bench.timing import Clock, interleave, ratio, spread
 from lsg_attn import SPARSITY_TYPES, LSGPattern
-from lsg_attn.memory import peak_growth
+from lsg_attn.memory import peak_memory
 
+ROOT = Path(fresh.__file__).parent.parent
 TINY = LSGPattern(16, 16, 2)
 ATTENTION = Case("attention", "tiny", 256, pattern=TINY)
 ENCODER = Case("encoder", "tiny", 1024, pattern=TINY)
@@ -192,11 +195,27 @@ def test_matmul_bound_multiplies_what_is_counted(level, step, pattern):
     assert 0.95 < num_scores(pattern, case.tokens) / scores < 1.02
 
 
-def test_peak_growth_sees_memory_that_is_freed_again():
+def test_peak_memory_counts_memory_that_is_freed_again():
     results = []
-    peak = peak_growth(lambda: results.append(torch.ones(50_000_000).sum().item()))
+    peak = peak_memory(lambda: results.append(torch.ones(50_000_000).sum().item()))
     assert results == [50_000_000]
-    assert peak is None or 190e6 < peak < 260e6
+    assert peak is None or 190e6 < peak.growth < 260e6
+    assert peak is None or peak.resident > peak.growth
+
+
+def test_library_does_not_import_its_bench():
+    paths = [path for folder in ("lsg_attn", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    assert ROOT / "lsg_attn/cli/main.py" in paths
+    imported = {}
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names.append(node.module)
+            for name in names:
+                imported.setdefault(name.split(".")[0], set()).add(path)
+    assert "torch" in imported
+    assert "bench" not in imported
 
 
 def threads_and_heap():

@@ -16,7 +16,7 @@ from bench.cases import Case, Section, plan, shrink
 from bench.measure import Result
 from bench.peers.base import masked_attention
 from bench.record import read
-from lsg_attn import SPARSITY_TYPES, LSGPattern, cli
+from lsg_attn import SPARSITY_TYPES, LSGPattern
 from lsg_attn.fused.schedules import Schedule, Tuning, forward_schedule
 
 RESULTS = Path(report.__file__).parent / "results"
@@ -153,21 +153,6 @@ def test_time_that_is_over_skips_all(tmp_path, capsys):
     assert "the -1 minutes were over" in capsys.readouterr().out
 
 
-def test_lsg_attn_bench_is_bench_run(capsys, monkeypatch, tmp_path):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["bench", "--help"])
-    assert stop.value.code == 0
-    assert "--dry-run" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["pattern", "--no-such"])
-    assert stop.value.code == 2
-    monkeypatch.setattr(cli, "_CHECKOUT", tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["bench", "--quick"])
-    assert stop.value.code == 2
-    assert "runs in a checkout" in capsys.readouterr().err
-
-
 def test_pictures_are_drawn_of_what_there_is(dry_run, tmp_path):
     _, path, _ = dry_run
     records = [json.loads(line) for line in path.read_text().splitlines()]
@@ -298,7 +283,7 @@ def test_recall_reads_a_text_with_dense_attention(tmp_path, capsys):
 
 def test_dense_layers_are_dense():
     options = recall._parse(["--tokens", "150"])
-    encoder, ids = recall._read(options)
+    encoder, ids, _ = recall._read(options)
     outputs = []
     for layer in encoder.layers:
         layer.self_attn.out_proj.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0]))

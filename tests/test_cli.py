@@ -1,6 +1,7 @@
-"""The command line: the demo's table, the drawn pattern, bad arguments."""
+"""The command line: the demo and what it measures, the drawn pattern, bad arguments."""
 
 import sys
+import time
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from strategies import cases
 from lsg_attn import SPARSITY_TYPES, LSGPattern
 from lsg_attn.cli.draw import GLOBAL, LOCAL, NOT_SEEN, PADDING, SPARSE, kinds_of_keys
 from lsg_attn.cli.main import main
+from lsg_attn.cli.measure import measure
 
 
 def test_demo_prints_a_row_for_each_type(capsys, tmp_path):
@@ -30,6 +32,20 @@ def test_demo_prints_a_row_for_each_type(capsys, tmp_path):
         assert float(speed.rstrip("x")) > 0
 
 
+def test_measure_reports_the_last_result_the_fastest_repetition_and_the_peak():
+    delays = iter([0.2, 0.01, 0.2])
+
+    def call():
+        delay = next(delays)
+        time.sleep(delay)
+        return delay, torch.ones(25_000_000).sum().item()
+
+    measured = measure(call, repetitions=3)
+    assert measured.result == (0.2, 25_000_000)
+    assert 0.01 <= measured.seconds < 0.2
+    assert measured.peak is None or 90e6 < measured.peak.growth < 160e6
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -38,23 +54,25 @@ def test_demo_prints_a_row_for_each_type(capsys, tmp_path):
         (["pattern", "--block-size", "6"], "must divide block_size"),
         (["pattern", "--padding", "99"], "0 <= num_padding <= num_tokens"),
         (["pattern", "--sparsity-type", "mean"], "invalid choice: 'mean'"),
+        (["pattern", "--no-such"], "unrecognized arguments: --no-such"),
+        (["bench"], "invalid choice: 'bench'"),
     ],
 )
-def test_bad_arguments_end_with_status_2(arguments, message, capsys):
+def test_bad_arguments_exit_with_status_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_empty_document(tmp_path, capsys):
+def test_demo_refuses_an_empty_document(tmp_path, capsys):
     (tmp_path / "empty").write_text("")
     with pytest.raises(SystemExit):
         main(["demo", "--file", str(tmp_path / "empty")])
     assert "has no tokens" in capsys.readouterr().err
 
 
-def test_pattern_as_text(capsys):
+def test_pattern_prints_a_letter_for_each_query_and_key(capsys):
     main(["pattern", "--tokens", "40", "--padding", "3", "--sparsity-type", "stride", "--num-global-tokens", "2"])
     lines = capsys.readouterr().out.splitlines()
     kinds = kinds_of_keys(LSGPattern(8, 8, 4, "stride", 2), 40, 3)
@@ -63,13 +81,13 @@ def test_pattern_as_text(capsys):
     assert lines[10 + 1].startswith("GGLLLLLLLLLLLLLLLLLLLLLLLL")
 
 
-def test_pattern_as_picture(tmp_path):
+def test_pattern_writes_a_png(tmp_path):
     out = tmp_path / "pattern.png"
     main(["pattern", "--sparsity-type", *SPARSITY_TYPES, "--out", str(out)])
     assert out.read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch, capsys):
+def test_pattern_without_matplotlib_names_the_extra(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("lsg_attn.cli.main.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
@@ -78,7 +96,7 @@ def test_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch, 
 
 
 @given(cases(types=("stride",)))
-def test_drawn_kinds_are_what_the_windows_say(case):
+def test_drawn_kinds_match_the_windows(case):
     pattern, length, _ = case
     first, size = pattern.num_global_tokens, pattern.block_size
     num_tokens = length - first

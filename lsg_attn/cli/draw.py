@@ -1,4 +1,4 @@
-"""lsg-attn pattern: which keys each query sees, as coloured text or, with matplotlib, as a PNG."""
+"""lsg-attn pattern: draws which keys each query sees, as coloured text or, with matplotlib, as a PNG."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..compression import Tokens, compress
 from ..pattern import LSGPattern
 from ..reference import visible_in_slots, visible_slots, visible_tokens
 
-# name, letter in a terminal, its colour there, colour in a picture
+# name, letter in a terminal, colour of the letter, colour in a picture
 KINDS = (
     ("not seen", "·", "bright_black", "#ffffff"),
     ("global", "G", "blue", "#3b6fb6"),
@@ -28,18 +28,18 @@ NOT_SEEN, GLOBAL, LOCAL, SPARSE, PADDING = range(len(KINDS))
 def kinds_of_keys(pattern: LSGPattern, num_tokens: int, num_padding: int = 0, head: int = 0, seed: int = 0) -> Tensor:
     """(G+T, G+T) indices into ``KINDS``: how each query (row) sees each token (column).
 
-    A token is seen as sparse where it has a weight in a compressed key that the query sees. What ``norm`` and ``lsh``
-    choose depends on the keys: those of ``seed`` are drawn at random.
+    A token is sparse to a query if it has a weight in a compressed key that the query sees. The choices of ``norm`` and
+    ``lsh`` depend on the keys, which are drawn at random from ``seed``.
 
     Args:
-        pattern: who sees whom.
-        num_tokens: T, padding included.
+        pattern: which keys each query sees.
+        num_tokens: T, including padding.
         num_padding: how many of the last tokens are padding.
-        head: which head to show, for types whose choice differs between heads.
+        head: the head to show, for types whose heads differ.
         seed: of the random queries and keys.
 
     Raises:
-        ValueError: ``num_tokens`` or ``head`` is out of range, or there is more padding than tokens.
+        ValueError: ``num_tokens`` or ``head`` is out of range, or ``num_padding`` is not between 0 and it.
     """
     if num_tokens < 1 or head < 0 or not 0 <= num_padding <= num_tokens:
         raise ValueError(
@@ -62,7 +62,7 @@ def kinds_of_keys(pattern: LSGPattern, num_tokens: int, num_padding: int = 0, he
 
 
 def print_pattern(console: Console, pattern: LSGPattern, kinds: Tensor) -> None:
-    """Print one letter for each query and key."""
+    """Print a row per query and a letter per key."""
     console.print(Text(title(pattern), style="bold"))
     for row in kinds.tolist():
         console.print(Text.assemble(*((KINDS[kind][1], KINDS[kind][2]) for kind in row)), soft_wrap=True)

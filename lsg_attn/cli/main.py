@@ -1,40 +1,29 @@
-"""The command lsg-attn: `lsg-attn demo`, `convert`, `pattern` and `bench`."""
+"""The command lsg-attn: `lsg-attn demo`, `convert` and `pattern`."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from rich.console import Console
-
 from .. import __version__
 from ..pattern import SPARSITY_TYPES, LSGPattern
-from .demo import progress_bar, run_demo
+from .demo import run_demo
 from .draw import kinds_of_keys, print_pattern, save_pattern
-
-_CHECKOUT = Path(__file__).parent.parent
+from .output import make_console, progress_bar
+from .sizes import BART_SIZES
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; ``arguments`` are those of the process by default. Bad ones end it with status 2."""
+    """Run the command with ``arguments``, by default those of the process; bad ones exit with status 2."""
     parser = argparse.ArgumentParser(prog="lsg-attn", description="Local + Sparse + Global attention.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_demo(commands.add_parser("demo", help="run a long document through an LSG encoder, each sparsity type"))
-    _add_convert(commands.add_parser("convert", help="make an LSG-BART for long documents of a BART checkpoint"))
+    _add_demo(commands.add_parser("demo", help="run a long document through an LSG encoder with each sparsity type"))
+    _add_convert(commands.add_parser("convert", help="convert a BART checkpoint to an LSG-BART for long documents"))
     _add_pattern(commands.add_parser("pattern", help="draw which keys each query sees"))
-    bench = commands.add_parser("bench", help="measure against what else there is (in a checkout)", add_help=False)
-    bench.set_defaults(run=_bench)
-    options, rest = parser.parse_known_args(arguments)
-    if options.run is _bench:
-        if not (_CHECKOUT / "bench/run.py").exists():
-            parser.exit(2, "lsg-attn: bench is not installed: it is part of the repository, and runs in a checkout\n")
-        sys.exit(_bench(rest))
-    if rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options = parser.parse_args(arguments)
     try:
         options.run(options)
     except (OSError, ValueError, ModuleNotFoundError) as error:
@@ -43,34 +32,53 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--file", type=Path, help="a text file; by default Python's own language reference")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens to take of it (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=4096, help="how many of its tokens to read (default: %(default)s)"
+    )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--tokenizer", help="a tokenizer for transformers, by name or folder; by default bytes")
-    what.add_argument("--model", help="read with this LSG-BART or BART instead, by name or folder, and summarize")
-    what.add_argument("--size", choices=("base", "large"), help="read with a random LSG-BART of BART's size instead")
+    what.add_argument(
+        "--tokenizer", help="a tokenizer of transformers, by name or folder; by default each byte is a token"
+    )
+    what.add_argument(
+        "--model", help="an LSG-BART or BART, by name or folder, to read the document and begin a summary"
+    )
+    what.add_argument("--size", choices=tuple(BART_SIZES), help="the same with a random LSG-BART of this BART's size")
     parser.set_defaults(run=_demo)
 
 
 def _demo(options: argparse.Namespace) -> None:
     if options.model is None and options.size is None:
-        run_demo(_console(), options.tokens, options.file, options.tokenizer)
+        run_demo(make_console(), options.tokens, options.file, options.tokenizer)
         return
     _need_transformers("--model" if options.size is None else "--size")
     from .demo_model import run_bart_demo
 
-    run_bart_demo(_console(), options.tokens, options.file, options.model, options.size)
+    run_bart_demo(make_console(), options.tokens, options.file, options.model, options.size)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="a BART or LSG-BART, by name or folder")
-    parser.add_argument("destination", metavar="DST", type=Path, help="the folder to make")
-    parser.add_argument("--max-length", type=int, default=4096, help="tokens of a document (default: %(default)s)")
-    parser.add_argument("--tokenizer", help="by name or folder, where SRC has none")
-    parser.add_argument("--random-global-init", action="store_true", help="draw the global tokens' embeddings")
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: %(default)s)")
-    parser.add_argument("--keep-first-global-token", action="store_true", help="of an LSG-BART, make the others again")
-    parser.add_argument("--global-positional-stride", type=int, default=64, help="between global tokens' positions")
-    keys = parser.add_argument_group("the encoder", "by default as in SRC, or else as in LSGBartConfig")
+    parser.add_argument("destination", metavar="DST", type=Path, help="the folder to create")
+    parser.add_argument(
+        "--max-length", type=int, default=4096, help="the longest document in tokens (default: %(default)s)"
+    )
+    parser.add_argument("--tokenizer", help="a tokenizer by name or folder, if SRC has none")
+    parser.add_argument(
+        "--random-global-init", action="store_true", help="draw the global tokens' embeddings at random"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of every random number (default: %(default)s)")
+    parser.add_argument(
+        "--keep-first-global-token",
+        action="store_true",
+        help="of an LSG-BART: make all global tokens again except the first",
+    )
+    parser.add_argument(
+        "--global-positional-stride",
+        type=int,
+        default=64,
+        help="about the distance between global tokens' positions (default: %(default)s)",
+    )
+    keys = parser.add_argument_group("the encoder", "by default as in SRC, otherwise as in LSGBartConfig")
     for key in ("block_size", "sparse_block_size", "sparsity_factor", "num_global_tokens", "lsh_num_pre_rounds"):
         keys.add_argument(_flag(key), type=int, default=argparse.SUPPRESS)
     keys.add_argument("--sparsity-type", choices=SPARSITY_TYPES, default=argparse.SUPPRESS)
@@ -90,11 +98,11 @@ def _convert(options: argparse.Namespace) -> None:
     arguments = {key: value for key, value in vars(options).items() if key != "run"}
     if options.tokenizer is not None:
         arguments["tokenizer"] = load_tokenizer(options.tokenizer)
-    with progress_bar(_console()) as progress:
+    with progress_bar(make_console()) as progress:
         task = progress.add_task("", total=len(CHECKPOINT_STEPS), completed=-1)
         convert_checkpoint(**arguments, on_step=lambda step: progress.update(task, description=step, advance=1))
         progress.advance(task)
-    _console().print(f"{options.destination}: up to {options.max_length} tokens", markup=False)
+    make_console().print(f"{options.destination}: up to {options.max_length} tokens", markup=False)
 
 
 def _need_transformers(what: str) -> None:
@@ -102,19 +110,23 @@ def _need_transformers(what: str) -> None:
         raise ModuleNotFoundError(f"{what} needs transformers: pip install 'lsg-attn[bart]'")
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # theirs would write into ours
+    logging.disable_progress_bar()  # it would write over ours
 
 
 def _add_pattern(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=48, help="T, tokens after the globals (default: %(default)s)")
-    parser.add_argument("--padding", type=int, default=0, help="how many of the last tokens are padding")
-    parser.add_argument("--head", type=int, default=0, help="which head, for types that differ between heads")
+    parser.add_argument(
+        "--padding", type=int, default=0, help="how many of the last tokens are padding (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--head", type=int, default=0, help="the head to show, for types whose heads differ (default: %(default)s)"
+    )
     parser.add_argument("--block-size", type=int, default=8)
     parser.add_argument("--sparse-block-size", type=int, default=8)
     parser.add_argument("--sparsity-factor", type=int, default=4)
     parser.add_argument("--sparsity-type", nargs="+", default=["norm"], choices=SPARSITY_TYPES, metavar="TYPE")
     parser.add_argument("--num-global-tokens", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="write a PNG there, with matplotlib, instead of text to the terminal")
+    parser.add_argument("--out", type=Path, help="write a PNG here, with matplotlib, instead of printing text")
     parser.set_defaults(run=_pattern)
 
 
@@ -132,24 +144,11 @@ def _pattern(options: argparse.Namespace) -> None:
     kinds = [kinds_of_keys(pattern, options.tokens, options.padding, options.head) for pattern in patterns]
     if options.out is None:
         for pattern, matrix in zip(patterns, kinds, strict=True):
-            print_pattern(_console(), pattern, matrix)
+            print_pattern(make_console(), pattern, matrix)
         return
     if find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("--out needs matplotlib: pip install 'lsg-attn[plot]', or leave --out away for text")
+        raise ModuleNotFoundError("--out needs matplotlib: pip install 'lsg-attn[plot]', or omit --out to print text")
     save_pattern(options.out, patterns, kinds)
-
-
-def _bench(arguments: Sequence[str]) -> int:
-    """What bench.run does with its own arguments, --help too."""
-    sys.path.insert(0, str(_CHECKOUT))
-    from bench.run import main as run
-
-    return run(arguments)
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=120)  # a pipe has no width of its own
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import torch
 from checkpoints import BASE, CONVERTED, NORM, seq2seq
 
 from lsg_attn.bart import LSGBartConfig, LSGBartForConditionalGeneration
-from lsg_attn.cli.demo_model import SIZES
 from lsg_attn.cli.main import main
+from lsg_attn.cli.sizes import BART_SIZES, Size
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 TEXT = "The quick brown fox jumps over the lazy dog, again and again. " * 60
@@ -106,7 +106,7 @@ def test_demo_with_a_model(model, document, capsys, tmp_path):
 
 
 def test_demo_with_a_size(document, capsys, monkeypatch):
-    monkeypatch.setitem(SIZES, "base", (32, 2, 4, 48))
+    monkeypatch.setitem(BART_SIZES, "base", Size(width=32, layers=2, heads=4, feed_forward=48))
     main(["demo", "--size", "base", "--file", str(document), "--tokens", "600"])
     out = capsys.readouterr().out
     assert "random weights" in out
@@ -119,7 +119,7 @@ def test_demo_with_a_size(document, capsys, monkeypatch):
 
 def test_sizes_are_those_of_bart():
     config = LSGBartConfig()  # BART-large's
-    assert SIZES["large"] == (
+    assert BART_SIZES["large"] == Size(
         config.d_model,
         config.encoder_layers,
         config.encoder_attention_heads,
