@@ -49,7 +49,7 @@ SIZES = {
 
 
 @dataclass(frozen=True)
-class Case:
+class TimedCase:
     """One shape.
 
     ``level``: ``"attention"``, on queries, keys and values of ``size``'s heads, or ``"encoder"``, on ``batch``
@@ -87,9 +87,9 @@ class Case:
         return asdict(self)
 
     @staticmethod
-    def from_record(record: dict[str, Any]) -> Case:
+    def from_record(record: dict[str, Any]) -> TimedCase:
         """What :meth:`describe` described."""
-        return Case(**{**record, "pattern": LSGPattern(**record["pattern"])})
+        return TimedCase(**{**record, "pattern": LSGPattern(**record["pattern"])})
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Section:
     """
 
     title: str
-    cases: tuple[Case, ...]
+    cases: tuple[TimedCase, ...]
     compares: str = "peers"
     peers: tuple[str, ...] = ()
     seconds: float = 10.0
@@ -158,7 +158,7 @@ _TRAIN_PATTERNS = (
 def plan(device: str, quick: bool) -> list[Section]:
     """The sections of a run on ``"cpu"`` or ``"cuda"``, the most telling first."""
     what = _DEVICES[device]
-    attention = Case("attention", "large", 4096, dtype_name=what.dtype_name, device=device)
+    attention = TimedCase("attention", "large", 4096, dtype_name=what.dtype_name, device=device)
     encoder = replace(attention, level="encoder", size_name="base")
     train = replace(encoder, step=TRAIN, batch=4, size_name=what.train_size)
     backward = replace(attention, step=BACKWARD)
@@ -202,11 +202,11 @@ def plan(device: str, quick: bool) -> list[Section]:
     ]
 
 
-def _over(case: Case, lengths: Sequence[int]) -> tuple[Case, ...]:
+def _over(case: TimedCase, lengths: Sequence[int]) -> tuple[TimedCase, ...]:
     return tuple(replace(case, tokens=tokens) for tokens in lengths)
 
 
-def _with(case: Case, patterns: Sequence[LSGPattern]) -> tuple[Case, ...]:
+def _with(case: TimedCase, patterns: Sequence[LSGPattern]) -> tuple[TimedCase, ...]:
     return tuple(replace(case, pattern=pattern) for pattern in patterns)
 
 
@@ -219,7 +219,7 @@ def shrink(sections: list[Section]) -> list[Section]:
     ]
 
 
-def _tiny(case: Case) -> Case:
+def _tiny(case: TimedCase) -> TimedCase:
     pattern = case.pattern
     sparse = min(pattern.sparse_block_size, 16)
     small = replace(pattern, block_size=16, sparse_block_size=sparse)

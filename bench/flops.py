@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.cases import FORWARD, Case
+from bench.cases import FORWARD, TimedCase
 from lsg_attn import LSGPattern
 
 # Products that a score takes part in: with key and value; and key again, dout with value, and the sums dq, dk, dv.
@@ -27,7 +27,7 @@ def num_scores(pattern: LSGPattern, num_tokens: int) -> int:
     return scores
 
 
-def flops(case: Case, scores: int) -> int:
+def flops(case: TimedCase, scores: int) -> int:
     """Floating-point operations of a case's matrix products, given its scores in each head.
 
     A backward counts five products of each score, as FlashAttention's papers do, and two of each linear layer.
@@ -51,7 +51,7 @@ class Bound(NamedTuple):
 _GPU_ROWS = 8192  # of a product that a GPU does at its full rate
 
 
-def matmul_bound(case: Case) -> Bound:
+def matmul_bound(case: TimedCase) -> Bound:
     """What the arithmetic of LSG attention, or of an encoder with it, takes where nothing else is done.
 
     On a CPU: the products themselves, of the block windows and the linear layers, as one ``torch.bmm`` each with
@@ -69,7 +69,7 @@ def matmul_bound(case: Case) -> Bound:
     return Bound(step, flops(case, num_scores(case.pattern, case.tokens)) / (2 * _GPU_ROWS**3))
 
 
-def _products(case: Case) -> Callable[[], None]:
+def _products(case: TimedCase) -> Callable[[], None]:
     pattern, size = case.pattern, case.size
     batch = case.batch * size.heads * pattern.num_blocks(case.tokens)
     window = 3 * pattern.block_size + pattern.num_global_tokens

@@ -13,7 +13,7 @@ import torch
 
 from bench import peers
 from bench.allocator import keep_freed_memory
-from bench.cases import FORWARD, OWN, Case, Section, ours_of
+from bench.cases import FORWARD, OWN, Section, TimedCase, ours_of
 from bench.flops import Bound, flops, matmul_bound, num_scores
 from bench.peak import cuda_peak_bytes
 from bench.peers.base import Peer
@@ -35,7 +35,7 @@ class Result:
     is_gpu_lost: bool = False  # after an error that leaves it unusable for this process
 
 
-def measure(section: Section, case: Case, names: Sequence[str], verdicts: Verdicts) -> Result:
+def measure(section: Section, case: TimedCase, names: Sequence[str], verdicts: Verdicts) -> Result:
     """Time the peers of these names, but those whose check fails; ``verdicts``: of checks that were made before.
 
     Without figures where the GPU was lost: who lost it is among the skipped, and the others are to be measured in
@@ -74,13 +74,13 @@ def measure(section: Section, case: Case, names: Sequence[str], verdicts: Verdic
     return result
 
 
-def asked(section: Section, case: Case, names: Sequence[str]) -> list[Peer]:
+def asked(section: Section, case: TimedCase, names: Sequence[str]) -> list[Peer]:
     """The peers of these names that a section has figures of."""
     level = peers.of_level(case.level)
     return [peer for peer in level if peer.name in names and (not section.peers or peer.name in section.peers)]
 
 
-def all_skipped(section: Section, case: Case, names: Sequence[str], reason: str) -> Result:
+def all_skipped(section: Section, case: TimedCase, names: Sequence[str], reason: str) -> Result:
     """A case that nobody ran."""
     skipped = [named(section, case, peer.name) | {"reason": reason} for peer in asked(section, case, names)]
     return Result(skipped=skipped)
@@ -91,7 +91,7 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
 
 
-def named(section: Section, case: Case, name: str) -> dict[str, Any]:
+def named(section: Section, case: TimedCase, name: str) -> dict[str, Any]:
     """What every record begins with."""
     return {"section": section.title, "compares": section.compares, "case": case, "peer": name}
 
@@ -105,7 +105,7 @@ class _Entry(NamedTuple):
     first_seconds: float
 
 
-def _prepare(peer: Peer, case: Case, clock: Clock, result: Result) -> _Entry | str:
+def _prepare(peer: Peer, case: TimedCase, clock: Clock, result: Result) -> _Entry | str:
     """A peer that has run the case once, or why it can not."""
     try:
         subject = make_subject(peer, case)
@@ -117,7 +117,7 @@ def _prepare(peer: Peer, case: Case, clock: Clock, result: Result) -> _Entry | s
     return reason
 
 
-def _disagreement(peer: Peer, case: Case, result: Result) -> str | None:
+def _disagreement(peer: Peer, case: TimedCase, result: Result) -> str | None:
     """Why a peer is not measured: what it gives is not what it must. Verdicts are kept, those with a backward apart."""
     pattern, has_backward = case.pattern if peer.is_lsg else None, case.step != FORWARD
     key = (peer.name, case.level, has_backward, case.dtype_name, case.device, pattern)
@@ -135,7 +135,7 @@ def _disagreement(peer: Peer, case: Case, result: Result) -> str | None:
 
 
 def _interleave(
-    section: Section, case: Case, entries: dict[str, _Entry], bound: Bound, clock: Clock, result: Result
+    section: Section, case: TimedCase, entries: dict[str, _Entry], bound: Bound, clock: Clock, result: Result
 ) -> dict[str, list[float]]:
     """Seconds of the entries and the bound; who fails now is left out after all."""
     while entries and not result.is_gpu_lost:
@@ -181,7 +181,9 @@ def _free(result: Result) -> None:
         torch.cuda.empty_cache()
 
 
-def _of_times(case: Case, times: dict[str, list[float]], name: str, ours: str | None, scores: int) -> dict[str, Any]:
+def _of_times(
+    case: TimedCase, times: dict[str, list[float]], name: str, ours: str | None, scores: int
+) -> dict[str, Any]:
     """What comes of seconds: ``ratio`` is this time over that of ours, ``over_matmul`` over the bound's.
 
     Where ours failed there is no ratio: one to another of ours would be read as one to it.

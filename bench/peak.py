@@ -11,19 +11,19 @@ from dataclasses import replace
 import torch
 
 from bench import fresh, peers
-from bench.cases import FORWARD, Case
+from bench.cases import FORWARD, TimedCase
 from bench.subject import Subject, make_step, make_subject
 from lsg_attn.memory import peak_memory
 
 _WARM_TOKENS = 1024
 
 
-def peak_bytes(name: str, case: Case) -> int | None:
+def peak_bytes(name: str, case: TimedCase) -> int | None:
     """On a CPU, the peak of a peer's step in a process of its own; None where the system does not say."""
     return fresh.call(_peak, name, case)
 
 
-def _peak(name: str, case: Case) -> int | None:
+def _peak(name: str, case: TimedCase) -> int | None:
     (peer,) = (peer for peer in peers.of_level(case.level) if peer.name == name)
     if case.level == "encoder" and case.step == FORWARD:  # what libraries allocate once, they do on a short document
         short = replace(case, tokens=min(case.tokens, _WARM_TOKENS))

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.cases import Case
+from bench.cases import TimedCase
 from lsg_attn import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "lsg-converter", "numpy")
@@ -34,7 +34,7 @@ class Writer:
 
     def write(self, kind: str, record: dict[str, Any]) -> None:
         """Add a line; a case is described."""
-        self._file.write(json.dumps({"kind": kind, **record}, default=Case.describe) + "\n")
+        self._file.write(json.dumps({"kind": kind, **record}, default=TimedCase.describe) + "\n")
 
     def close(self) -> None:
         """Write no more."""
@@ -77,7 +77,7 @@ def _of_kind(path: Path, kind: str) -> Iterator[dict[str, Any]]:
         record = json.loads(line)
         if record.pop("kind") == kind:
             if "case" in record:
-                record["case"] = Case.from_record(record["case"])
+                record["case"] = TimedCase.from_record(record["case"])
             yield record
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import fresh, peers
-from bench.cases import Case, Section, plan, shrink
+from bench.cases import Section, TimedCase, plan, shrink
 from bench.measure import BOUND, Result, Verdicts, all_skipped, measure, reason_of
 from bench.peak import peak_bytes
 from bench.record import Writer
@@ -116,7 +116,9 @@ def _measure_all(
     return total
 
 
-def _measure(section: Section, case: Case, names: Sequence[str], verdicts: Verdicts, worker: fresh.Worker) -> Result:
+def _measure(
+    section: Section, case: TimedCase, names: Sequence[str], verdicts: Verdicts, worker: fresh.Worker
+) -> Result:
     """Times and peaks of a case: on a CPU in processes of their own, on a GPU in the one that there is."""
     try:
         if case.device == "cuda":
@@ -136,7 +138,7 @@ def _measure(section: Section, case: Case, names: Sequence[str], verdicts: Verdi
 
 
 def _measure_on_gpu(
-    section: Section, case: Case, names: Sequence[str], verdicts: Verdicts, worker: fresh.Worker
+    section: Section, case: TimedCase, names: Sequence[str], verdicts: Verdicts, worker: fresh.Worker
 ) -> Result:
     """Times and peaks of a case; who leaves the GPU unusable is left out, and the others begin again."""
     result = worker.call(measure, section, case, names, verdicts)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import fresh
-from bench.cases import OURS, Case, Section, ours_of
+from bench.cases import OURS, Section, TimedCase, ours_of
 from bench.measure import BOUND, measure
 from bench.record import read
 
@@ -64,7 +64,7 @@ def _of_file(path: Path) -> dict[str, Points]:
 def _measured() -> dict[str, Points]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "bfloat16" if device == "cuda" else "float32"
-    cases = tuple(Case("attention", "large", tokens, dtype_name=dtype, device=device) for tokens in _LENGTHS)
+    cases = tuple(TimedCase("attention", "large", tokens, dtype_name=dtype, device=device) for tokens in _LENGTHS)
     section = Section("attention, forward", cases, seconds=2.0)
     points: Points = {}
     for case in cases:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bench.cases import FORWARD, TRAIN, Case
+from bench.cases import FORWARD, TRAIN, TimedCase
 from bench.peers.base import CHECK_SEED, VOCABULARY, AttentionPeer, EncoderPeer, Peer
 from lsg_attn.testing import assert_close, make_inputs
 
@@ -35,7 +35,7 @@ class Subject:
             leaf.grad = None
 
 
-def make_subject(peer: Peer, case: Case) -> Subject:
+def make_subject(peer: Peer, case: TimedCase) -> Subject:
     """Inputs and, for encoders, weights; in training mode only for a train step."""
     if isinstance(peer, AttentionPeer):
         q, k, v = leaves = _attention_inputs(case)
@@ -77,7 +77,7 @@ def make_step(subject: Subject, step: str) -> Callable[[], object]:
     return forward_backward
 
 
-def check(peer: Peer, case: Case) -> None:
+def check(peer: Peer, case: TimedCase) -> None:
     """Compare a peer's attention with what it must give, on a few blocks of a case's pattern, dtype and device.
 
     Of an encoder that is the attention in its first layer, between the linear layers around it. Where a backward is
@@ -115,7 +115,7 @@ class _Run(NamedTuple):
     to_inputs: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]  # from gradients of qkv to those of inputs
 
 
-def _run_attention(peer: AttentionPeer, case: Case) -> _Run:
+def _run_attention(peer: AttentionPeer, case: TimedCase) -> _Run:
     inputs = make_inputs(1, case.size.heads, case.length, case.size.head_dim, case.dtype)
     qkv = tuple(x.to(case.device).requires_grad_(case.step != FORWARD) for x in inputs[:3])
     attend = peer.prepare(case)
@@ -130,7 +130,7 @@ def _dout_like(out: Tensor) -> Tensor:
     return dout.to(out.device, out.dtype)
 
 
-def _run_first_layer(peer: EncoderPeer, case: Case) -> _Run:
+def _run_first_layer(peer: EncoderPeer, case: TimedCase) -> _Run:
     """The attention of an encoder's first layer, whose hidden states stand for queries, keys and values."""
     model, inputs = _model(peer, case)
     parts = peer.parts(model.eval())
@@ -155,7 +155,7 @@ def _run_first_layer(peer: EncoderPeer, case: Case) -> _Run:
     return _Run(split(context), qkv, {"dhidden": hidden}, to_hidden)
 
 
-def _attention_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+def _attention_inputs(case: TimedCase) -> tuple[Tensor, Tensor, Tensor]:
     """Random (batch, heads, G+T, head_dim), in memory as projections give them."""
     torch.manual_seed(0)
     shape = case.batch, case.length, case.size.heads, case.size.head_dim
@@ -163,7 +163,7 @@ def _attention_inputs(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _model(peer: EncoderPeer, case: Case) -> tuple[Any, dict[str, Tensor]]:
+def _model(peer: EncoderPeer, case: TimedCase) -> tuple[Any, dict[str, Tensor]]:
     """An encoder with random weights, and random ids as it takes them."""
     torch.manual_seed(0)
     with torch.device(case.device):

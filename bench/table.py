@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.cases import Case
+from bench.cases import TimedCase
 from lsg_attn import LSGPattern
 
 _TOLD_SETUP = 50.0  # milliseconds
@@ -56,7 +56,7 @@ def print_skipped(console: Console, figures: Sequence[dict[str, Any]], skipped: 
     """Who ran, and who did not run what, and why."""
     ran = dict.fromkeys(figure["peer"] for figure in figures)
     console.print(f"ran: {', '.join(ran) or 'nothing'}")
-    reasons: dict[tuple[str, str], dict[str, list[Case]]] = {}
+    reasons: dict[tuple[str, str], dict[str, list[TimedCase]]] = {}
     for record in skipped:
         sections = reasons.setdefault((record["peer"], record["reason"]), {})
         sections.setdefault(record["section"], []).append(record["case"])
@@ -67,7 +67,7 @@ def print_skipped(console: Console, figures: Sequence[dict[str, Any]], skipped: 
             console.print(f"    {section}: {labels}", markup=False, soft_wrap=True)
 
 
-def case_label(case: Case, among: Sequence[Case]) -> str:
+def case_label(case: TimedCase, among: Sequence[TimedCase]) -> str:
     """What tells a case apart."""
     parts = [f"{case.tokens} tokens"] if len({other.tokens for other in among}) > 1 else []
     if len({other.pattern for other in among}) > 1:
@@ -77,7 +77,7 @@ def case_label(case: Case, among: Sequence[Case]) -> str:
     return ", ".join(parts) or f"{case.tokens} tokens"
 
 
-def common_label(cases: Sequence[Case]) -> str:
+def common_label(cases: Sequence[TimedCase]) -> str:
     """What the cases of a section have in common."""
     case = cases[0]
     size = case.size

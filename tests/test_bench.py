@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import cases, fresh, peers
-from bench.cases import BACKWARD, FORWARD, TRAIN, Case, Section
+from bench.cases import BACKWARD, FORWARD, TRAIN, Section, TimedCase
 from bench.flops import flops, matmul_bound, num_scores
 from bench.measure import measure
 from bench.record import Writer, read
@@ -20,8 +20,8 @@ from lsg_attn.memory import peak_memory
 
 ROOT = Path(fresh.__file__).parent.parent
 TINY = LSGPattern(16, 16, 2)
-ATTENTION = Case("attention", "tiny", 256, pattern=TINY)
-ENCODER = Case("encoder", "tiny", 1024, pattern=TINY)
+ATTENTION = TimedCase("attention", "tiny", 256, pattern=TINY)
+ENCODER = TimedCase("encoder", "tiny", 1024, pattern=TINY)
 
 
 def peer_of(level, name):
@@ -182,7 +182,7 @@ def test_spread_and_ratio():
 @pytest.mark.parametrize("step", [FORWARD, BACKWARD])
 @pytest.mark.parametrize("pattern", [TINY, LSGPattern(16, sparsity_type="none"), LSGPattern(512)])
 def test_matmul_bound_multiplies_what_is_counted(level, step, pattern):
-    case = Case(level, "tiny", 1024, step, batch=2, pattern=pattern)
+    case = TimedCase(level, "tiny", 1024, step, batch=2, pattern=pattern)
     with FlopCounterMode(display=False) as counter:
         bound = matmul_bound(case)
         bound.step()

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from bench import fresh, measure, peers, plot, recall, report, run, scaling, tune
-from bench.cases import Case, Section, plan, shrink
+from bench.cases import Section, TimedCase, plan, shrink
 from bench.measure import Result
 from bench.peers.base import masked_attention
 from bench.record import read
@@ -73,7 +73,7 @@ def test_part_of_no_title_is_said(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-SECTION = Section("s", (Case("attention", "tiny", 256),), memory=(256,), seconds=0, least=1)
+SECTION = Section("s", (TimedCase("attention", "tiny", 256),), memory=(256,), seconds=0, least=1)
 
 
 def measured(monkeypatch, *results, peak=lambda name, case: 1):

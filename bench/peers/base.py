@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bench.cases import Case, Size
+from bench.cases import Size, TimedCase
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 CHECK_SEED = 0  # torch's seed when a peer is checked: the original draws its hashes' directions from there
@@ -26,20 +26,20 @@ class Adapter(ABC):
     name: str
     is_lsg = False
 
-    def obstacle(self, case: Case) -> str | None:
+    def obstacle(self, case: TimedCase) -> str | None:
         """Why it can not run a case, or None."""
         return None
 
-    def checked_dtype(self, case: Case) -> str:
+    def checked_dtype(self, case: TimedCase) -> str:
         """The dtype in which it has to give what it must give."""
         return case.dtype_name
 
     @abstractmethod
-    def scores(self, case: Case) -> int:
+    def scores(self, case: TimedCase) -> int:
         """Pairs of query and key that one head computes."""
 
     @abstractmethod
-    def expected(self, case: Case, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def expected(self, case: TimedCase, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """What its attention must give on float64 (batch, heads, length, head_dim) on the CPU: shaped so, float64."""
 
 
@@ -47,7 +47,7 @@ class AttentionPeer(Adapter):
     """Attention on queries, keys and values (batch, heads, G+T, head_dim)."""
 
     @abstractmethod
-    def prepare(self, case: Case) -> Attend:
+    def prepare(self, case: TimedCase) -> Attend:
         """Make what is made once for a shape, masks included; the result takes and gives the shape above.
 
         The output's length may be less, where there is no global position.
@@ -66,12 +66,12 @@ class Parts(NamedTuple):
 class EncoderPeer(Adapter):
     """An encoder with random weights."""
 
-    def obstacle(self, case: Case) -> str | None:
+    def obstacle(self, case: TimedCase) -> str | None:
         """Why it can not run a case, or None."""
         return missing_transformers()
 
     @abstractmethod
-    def build(self, case: Case) -> nn.Module:
+    def build(self, case: TimedCase) -> nn.Module:
         """The model, whose result on its inputs has the states in ``last_hidden_state``."""
 
     def inputs(self, ids: Tensor) -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, count: Tensor) -
     return scores.softmax(-1) @ value
 
 
-def pairs_obstacle(case: Case, pairs: int, copies: int, limit: float, what: str) -> str | None:
+def pairs_obstacle(case: TimedCase, pairs: int, copies: int, limit: float, what: str) -> str | None:
     """Why not to run what keeps ``copies`` numbers of each of so many pairs of a head: more than ``limit`` bytes."""
     need = pairs * copies * case.batch * case.size.heads * case.dtype.itemsize
     if need <= limit:

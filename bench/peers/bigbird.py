@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases import Case
+from bench.cases import TimedCase
 from bench.peers.base import (
     EncoderPeer,
     Parts,
@@ -23,7 +23,7 @@ _SPARSE: dict[str, Any] = {"attention_type": "block_sparse", "block_size": BLOCK
 
 
 class _BigBird(EncoderPeer):
-    def obstacle(self, case: Case) -> str | None:
+    def obstacle(self, case: TimedCase) -> str | None:
         """It needs transformers, whole blocks, and more than it sees at once, or it is full attention for good."""
         least = (5 + 2 * RANDOM) * BLOCK
         if case.tokens <= least:
@@ -32,7 +32,7 @@ class _BigBird(EncoderPeer):
             return f"{case.tokens} tokens are not whole blocks of {BLOCK}"
         return super().obstacle(case) or self._memory_obstacle(case)
 
-    def _memory_obstacle(self, case: Case) -> str | None:
+    def _memory_obstacle(self, case: TimedCase) -> str | None:
         """Since version 5 transformers writes every pair's probability, whether asked for or not."""
         import transformers
 
@@ -45,11 +45,11 @@ class _BigBird(EncoderPeer):
         """With a mask, as a tokenizer gives it: that which BigBird makes itself is float32, whatever its weights."""
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    def scores(self, case: Case) -> int:
+    def scores(self, case: TimedCase) -> int:
         """Each key that is multiplied, as often as it is."""
         return int(_times_seen(case.tokens // BLOCK).sum()) * BLOCK**2
 
-    def expected(self, case: Case, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def expected(self, case: TimedCase, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """A softmax over its blocks. In evaluation every random block is the first: transformers draws none then."""
         times = _times_seen(case.tokens // BLOCK)
         return masked_attention(query, key, value, times.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1))
@@ -60,7 +60,7 @@ class BigBirdEncoder(_BigBird):
 
     name = "bigbird"
 
-    def build(self, case: Case) -> nn.Module:
+    def build(self, case: TimedCase) -> nn.Module:
         """Of BERT's kind, fresh each time."""
         from transformers import BigBirdConfig, BigBirdModel
 
@@ -84,7 +84,7 @@ class BigBirdPegasusEncoder(_BigBird):
 
     name = "bigbird_pegasus"
 
-    def build(self, case: Case) -> nn.Module:
+    def build(self, case: TimedCase) -> nn.Module:
         """Fresh each time."""
         from transformers import BigBirdPegasusConfig
         from transformers.models.bigbird_pegasus.modeling_bigbird_pegasus import BigBirdPegasusEncoder as Encoder

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases import Case
+from bench.cases import TimedCase
 from bench.peers.base import (
     Adapter,
     Attend,
@@ -23,11 +23,11 @@ from bench.peers.base import (
 class _Dense(Adapter):
     name = "dense"
 
-    def scores(self, case: Case) -> int:
+    def scores(self, case: TimedCase) -> int:
         """All pairs."""
         return case.tokens**2
 
-    def expected(self, case: Case, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def expected(self, case: TimedCase, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """A softmax over all keys of the tokens after the globals."""
         query, key, value = (x[:, :, -case.tokens :] for x in (query, key, value))
         return masked_attention(query, key, value, query.new_ones(query.shape[2], key.shape[2]))
@@ -36,7 +36,7 @@ class _Dense(Adapter):
 class DenseAttention(_Dense, AttentionPeer):
     """Of the tokens after the globals, without a mask: flash attention where PyTorch has one."""
 
-    def prepare(self, case: Case) -> Attend:
+    def prepare(self, case: TimedCase) -> Attend:
         """PyTorch's function."""
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class DenseAttention(_Dense, AttentionPeer):
 class BartEncoder(_Dense, EncoderPeer):
     """BART's, with ``attn_implementation="sdpa"``."""
 
-    def build(self, case: Case) -> nn.Module:
+    def build(self, case: TimedCase) -> nn.Module:
         """BART's encoder, with as many positions as there are tokens."""
         from transformers import BartConfig
         from transformers.models.bart.modeling_bart import BartEncoder as Encoder

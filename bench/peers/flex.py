@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.cases import FORWARD, Case
+from bench.cases import FORWARD, TimedCase
 from bench.peers.base import Attend, AttentionPeer
 from bench.peers.lsg import LSGPeer
 from lsg_attn.compression import Compression, Tokens, compress
@@ -24,7 +24,7 @@ class FlexAttention(LSGPeer, AttentionPeer):
 
     name = "flex"
 
-    def obstacle(self, case: Case) -> str | None:
+    def obstacle(self, case: TimedCase) -> str | None:
         """What its mask does not say, and what PyTorch does not have."""
         if case.pattern.is_dense(case.tokens) or case.tokens % case.pattern.block_size:
             return f"the mask is written for whole blocks of {case.pattern.block_size}, and more than two"
@@ -34,7 +34,7 @@ class FlexAttention(LSGPeer, AttentionPeer):
             return "FlexAttention has no backward on a CPU"
         return None
 
-    def prepare(self, case: Case) -> Attend:
+    def prepare(self, case: TimedCase) -> Attend:
         """Make the block mask, and what compiles at its first call."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 

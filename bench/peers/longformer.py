@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases import Case
+from bench.cases import TimedCase
 from bench.peers.base import (
     Adapter,
     Attend,
@@ -25,11 +25,11 @@ WINDOW = 512  # keys besides a token's own: of allenai/longformer-base-4096; LED
 
 
 class _SlidingWindow(Adapter):
-    def scores(self, case: Case) -> int:
+    def scores(self, case: TimedCase) -> int:
         """Those of the band, as it is multiplied: corners outside of it aside."""
         return case.tokens * (WINDOW + 1)
 
-    def expected(self, case: Case, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def expected(self, case: TimedCase, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """A softmax over half a window on each side of each token; of the tokens after the globals."""
         query, key, value = (x[:, :, -case.tokens :] for x in (query, key, value))
         position = torch.arange(case.tokens)
@@ -42,13 +42,13 @@ class LongformerAttention(_SlidingWindow, AttentionPeer):
 
     name = "longformer"
 
-    def obstacle(self, case: Case) -> str | None:
+    def obstacle(self, case: TimedCase) -> str | None:
         """It needs transformers, and whole windows."""
         if case.tokens % WINDOW:
             return f"{case.tokens} tokens are not whole windows of {WINDOW}"
         return missing_transformers()
 
-    def prepare(self, case: Case) -> Attend:
+    def prepare(self, case: TimedCase) -> Attend:
         """Its module, with projections that give what they are given."""
         from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
@@ -91,7 +91,7 @@ class LongformerEncoder(_SlidingWindow, EncoderPeer):
 
     name = "longformer"
 
-    def build(self, case: Case) -> nn.Module:
+    def build(self, case: TimedCase) -> nn.Module:
         """Of RoBERTa's kind: its positions begin at 2."""
         from transformers import LongformerConfig, LongformerModel
 
@@ -115,7 +115,7 @@ class LEDEncoder(_SlidingWindow, EncoderPeer):
 
     name = "led"
 
-    def build(self, case: Case) -> nn.Module:
+    def build(self, case: TimedCase) -> nn.Module:
         """LED's encoder."""
         from transformers import LEDConfig
         from transformers.models.led.modeling_led import LEDEncoder as Encoder

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases import Case
+from bench.cases import TimedCase
 from bench.flops import num_scores
 from bench.peers.base import (
     Adapter,
@@ -30,11 +30,11 @@ class LSGPeer(Adapter):
 
     is_lsg = True
 
-    def scores(self, case: Case) -> int:
+    def scores(self, case: TimedCase) -> int:
         """Raw and compressed keys of all queries, padding aside."""
         return num_scores(case.pattern, case.tokens)
 
-    def expected(self, case: Case, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def expected(self, case: TimedCase, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The reference's output."""
         return lsg_attention(query, key, value, case.pattern, implementation="reference")
 
@@ -45,7 +45,7 @@ class LSGImplementation(LSGPeer, AttentionPeer):
     def __init__(self, implementation: str) -> None:
         self.name, self._implementation = f"lsg {implementation}", implementation
 
-    def obstacle(self, case: Case) -> str | None:
+    def obstacle(self, case: TimedCase) -> str | None:
         """Of the kernels: what ``implementation="triton"`` would raise; of the reference: memory."""
         if self._implementation == "reference":
             slots = case.pattern.num_slots(case.tokens)
@@ -54,7 +54,7 @@ class LSGImplementation(LSGPeer, AttentionPeer):
             return pairs_obstacle(case, pairs, 6, 2 << 30, "dense scores and probabilities")
         return _obstacle(self._implementation, case)
 
-    def prepare(self, case: Case) -> Attend:
+    def prepare(self, case: TimedCase) -> Attend:
         """The function with its pattern."""
         return partial(lsg_attention, pattern=case.pattern, implementation=self._implementation)
 
@@ -65,11 +65,11 @@ class LSGEncoder(LSGPeer, EncoderPeer):
     def __init__(self, implementation: str) -> None:
         self.name, self._implementation = f"lsg {implementation}", implementation
 
-    def obstacle(self, case: Case) -> str | None:
+    def obstacle(self, case: TimedCase) -> str | None:
         """What the attention can not run."""
         return super().obstacle(case) or _obstacle(self._implementation, case)
 
-    def build(self, case: Case) -> nn.Module:
+    def build(self, case: TimedCase) -> nn.Module:
         """LSG-BART's encoder."""
         model: nn.Module = lsg_encoder(case, self._implementation)
         return model
@@ -80,7 +80,7 @@ class LSGEncoder(LSGPeer, EncoderPeer):
         return bart_parts(attention)
 
 
-def lsg_encoder(case: Case, implementation: str) -> Any:
+def lsg_encoder(case: TimedCase, implementation: str) -> Any:
     """LSG-BART's encoder of a case's size and pattern."""
     from lsg_attn.bart import LSGBartConfig
     from lsg_attn.bart.modeling import LSGBartEncoder
@@ -94,7 +94,7 @@ def lsg_encoder(case: Case, implementation: str) -> Any:
     return LSGBartEncoder(config)
 
 
-def _obstacle(implementation: str, case: Case) -> str | None:
+def _obstacle(implementation: str, case: TimedCase) -> str | None:
     if implementation != "triton":
         return None
     try:

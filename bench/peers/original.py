@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases import Case
+from bench.cases import TimedCase
 from bench.peers.base import CHECK_SEED, Attend, AttentionPeer, EncoderPeer, Parts, bart_parts
 from bench.peers.lsg import LSGPeer, lsg_encoder
 from lsg_attn import LSGPattern, lsg_attention
@@ -30,7 +30,7 @@ _CLASSES = ("BaseSelfAttention", "BaseAttentionProduct", "LSGAttentionProduct", 
 class _Original(LSGPeer):
     name = "original"
 
-    def obstacle(self, case: Case) -> str | None:
+    def obstacle(self, case: TimedCase) -> str | None:
         """It must be installed, and takes whole blocks only."""
         if importlib.util.find_spec("lsg_converter") is None:
             return "lsg-converter is not installed: pip install lsg-converter==0.1.9"
@@ -38,11 +38,11 @@ class _Original(LSGPeer):
             return f"{case.tokens} tokens are not whole blocks of {case.pattern.block_size}"
         return super().obstacle(case)
 
-    def checked_dtype(self, case: Case) -> str:
+    def checked_dtype(self, case: TimedCase) -> str:
         """Not one of 16 bits: it ranks norms rounded to them, and so chooses other keys by the same arithmetic."""
         return "float32" if case.dtype.itemsize < 4 else case.dtype_name
 
-    def expected(self, case: Case, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def expected(self, case: TimedCase, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The reference's output; of ``lsh`` with the directions that the original drew in float32, on its device."""
         torch.manual_seed(CHECK_SEED)
         shape = 1, query.shape[1], 1, query.shape[3]
@@ -53,7 +53,7 @@ class _Original(LSGPeer):
 class OriginalAttention(_Original, AttentionPeer):
     """Its attention after the projections."""
 
-    def prepare(self, case: Case) -> Attend:
+    def prepare(self, case: TimedCase) -> Attend:
         """``not_causal_forward`` of its layer, in evaluation."""
         layer = original_layer(case.pattern, case.size.heads, case.size.head_dim).eval()
         # It can not do without a mask; an all-zero one is what its encoder would pass.
@@ -70,7 +70,7 @@ class OriginalAttention(_Original, AttentionPeer):
 class OriginalEncoder(_Original, EncoderPeer):
     """Its attention in each layer of BART's encoder."""
 
-    def build(self, case: Case) -> nn.Module:
+    def build(self, case: TimedCase) -> nn.Module:
         """Our encoder, with each layer's attention replaced."""
         encoder = lsg_encoder(case, "auto")
         for layer in encoder.layers:
@@ -87,7 +87,7 @@ class OriginalEncoder(_Original, EncoderPeer):
 class _InLayer(nn.Module):
     """The original's layer as ours is called: hidden states (batch, G+T, width) to the same."""
 
-    def __init__(self, ours: nn.Module, case: Case) -> None:
+    def __init__(self, ours: nn.Module, case: TimedCase) -> None:
         super().__init__()
         self.original = original_layer(case.pattern, case.size.heads, case.size.head_dim)
         self.original.load_state_dict(ours.state_dict())

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from bench import peers, tune
-from bench.cases import BACKWARD, FORWARD, SIZES, Case, Section, Size
+from bench.cases import BACKWARD, FORWARD, SIZES, Section, Size, TimedCase
 from bench.measure import measure
 from bench.subject import check
 from lsg_attn import SPARSITY_TYPES, LSGPattern
 from lsg_attn.fused.schedules import Schedule, Tuning
 
 IS_REAL = bool(torch.version.cuda or torch.version.hip)
-CASE = Case("attention", "tiny", 96, pattern=LSGPattern(16, 16, 2), device="cuda")
+CASE = TimedCase("attention", "tiny", 96, pattern=LSGPattern(16, 16, 2), device="cuda")
 
 
 class Event:
@@ -60,7 +60,9 @@ def test_kernels_are_measured(step, monkeypatch):
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 @pytest.mark.parametrize("peer", peers.ATTENTION, ids=lambda peer: peer.name)
 def test_attentions_agree_on_a_gpu(peer, sparsity_type):
-    case = Case("attention", "large", 4096, BACKWARD, pattern=LSGPattern(sparsity_type=sparsity_type), device="cuda")
+    case = TimedCase(
+        "attention", "large", 4096, BACKWARD, pattern=LSGPattern(sparsity_type=sparsity_type), device="cuda"
+    )
     if obstacle := peer.obstacle(case):
         pytest.skip(obstacle)
     check(peer, case)  # raises
