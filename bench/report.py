@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cases import OURS, OWN, Case, ours_of
+from bench.cases import OURS, OWN, TimedCase, ours_of
 from bench.measure import BOUND
 from bench.record import Run, read
 from bench.table import pattern_label
@@ -105,7 +105,7 @@ def _peers(run: Run, middle: int) -> list[str]:
 
 
 def _title(figure: Figure) -> str:
-    case: Case = figure["case"]
+    case: TimedCase = figure["case"]
     batch = f" {case.batch} x {case.tokens}, {case.size.layers} layer{'s' * (case.size.layers > 1)}"
     section: str = figure["section"]
     return section + (batch if section == "train step" else "")
@@ -181,7 +181,7 @@ def _patterns(run: Run) -> list[str]:
 
 
 def _by_case(run: Run, title: str) -> Iterable[dict[str, Figure]]:
-    cases: dict[Case, dict[str, Figure]] = {}
+    cases: dict[TimedCase, dict[str, Figure]] = {}
     for figure in run.figures:
         if figure["section"] == title:
             cases.setdefault(figure["case"], {})[figure["peer"]] = figure
@@ -192,7 +192,7 @@ def _ratio(figures: dict[str, Figure], name: str) -> str:
     return f"{figures[name]['ratio'][0]:.2f}" if name in figures and figures[name]["ratio"] else ""
 
 
-def _label(case: Case, compares: str) -> str:
+def _label(case: TimedCase, compares: str) -> str:
     if compares == "dtypes":
         return case.dtype_name
     return pattern_label(case.pattern) if compares == "patterns" else f"`{case.pattern.sparsity_type}`"
@@ -221,7 +221,7 @@ def _faster(run: Run) -> list[str]:
     lines = []
     for figure in run.figures:
         if figure["peer"] not in (BOUND, *OWN) and figure["ratio"] and figure["ratio"][0] < 1:
-            case: Case = figure["case"]
+            case: TimedCase = figure["case"]
             where = f"{figure['section']}, {case.tokens:,} tokens, {case.dtype_name}"
             lines.append(f"- {_WHO[figure['peer']]}: {where}: {figure['ratio'][0]:.2f}")
     return ["Who is faster than ours, and where:", "", *lines, ""] if lines else []
