@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from .checks import integer, probability, type_name
@@ -13,18 +14,18 @@ from .pattern import LSGPattern
 class LSGAttention(nn.Module):
     """Multi-head self-attention whose first G positions are global and the rest see an LSG window.
 
-    Parameters are named as in BART (``q_proj k_proj v_proj out_proj``), so its checkpoints fit.
+    Its parameters have BART's names (``q_proj k_proj v_proj out_proj``), so BART's checkpoints fit.
 
     Args:
         embed_dim: width of the input and output; a multiple of ``num_heads``.
         num_heads: attention heads, of ``embed_dim // num_heads`` each.
-        pattern: who sees whom; by default ``LSGPattern()``.
+        pattern: which keys each query sees; by default ``LSGPattern()``.
         dropout: probability, in [0, 1), that an attention probability is zeroed in training.
         bias: whether the projections have a bias.
         implementation: as in :func:`lsg_attn.lsg_attention`.
 
     Raises:
-        TypeError: an argument is not of the type named above.
+        TypeError: an argument does not have the type named above.
         ValueError: a number is out of range, ``embed_dim`` is not a multiple of ``num_heads``, or there is no such
             implementation.
     """
@@ -69,8 +70,8 @@ class LSGAttention(nn.Module):
 
         Raises:
             TypeError: ``hidden_states`` is not a tensor.
-            ValueError: ``hidden_states`` has another shape, or the parameters' dtype (but under autocast) or device
-                is another, the mask does not fit, or the implementation can not run.
+            ValueError: ``hidden_states`` has the wrong shape, is on another device than the parameters or, except under
+                autocast, has another dtype; the mask does not fit; or the implementation cannot run.
         """
         self._check_input(hidden_states)
         query, key, value = self.project(hidden_states)
@@ -83,7 +84,7 @@ class LSGAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             implementation=self.implementation,
         )
-        projected: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
+        projected: Tensor = self.out_proj(rearrange(out, "batch heads length dim -> batch length (heads dim)"))
         return projected
 
     def _check_input(self, x: Tensor) -> None:
@@ -92,7 +93,7 @@ class LSGAttention(nn.Module):
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"hidden_states: expected shape (batch, G+T, {self.embed_dim}), got {tuple(x.shape)}")
         if type(self.q_proj) is not nn.Linear or self.q_proj.weight.is_meta:
-            return  # an adapter or quantised projection knows what it takes; what is offloaded comes when it is called
+            return  # adapters and quantised projections check their own input; offloaded weights are loaded in the call
         weight = self.q_proj.weight
         if x.device != weight.device:
             raise ValueError(f"hidden_states: expected the parameters' device {weight.device}, got {x.device}")
@@ -102,7 +103,7 @@ class LSGAttention(nn.Module):
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (batch, num_heads, G+T, head_dim) of hidden_states (batch, G+T, embed_dim)."""
         query, key, value = (
-            proj(hidden_states).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            rearrange(proj(hidden_states), "batch length (heads dim) -> batch heads length dim", heads=self.num_heads)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         return query, key, value

@@ -112,3 +112,17 @@ def test_a_projection_without_a_weight_of_its_own():
     expected = layer(x)
     layer.q_proj = Wrapper(layer.q_proj)
     assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+def test_compiles_as_one_graph_for_any_length(sparsity_type):
+    """Head splitting and merging break no graph, and lengths after the first compile nothing."""
+    pattern = LSGPattern(8, 8, 2, sparsity_type, num_global_tokens=2)
+    layer = LSGAttention(12, 3, pattern)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for tokens in (40, 61, 90):
+        x = torch.randn(2, 2 + tokens, 12)
+        with torch.compiler.set_stance("default" if tokens == 40 else "fail_on_recompile"):
+            out = compiled(x)
+        torch.testing.assert_close(out, layer(x))
