@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 
 # besides the newest, which constraints.txt pins; the first is the oldest that setup.py allows
 OLD_TRANSFORMERS := 4.44.2 4.57.6
+# besides the one of .venv: 3.11, for which constraints.txt is written
+OTHER_PYTHONS := 3.10 3.12 3.13
 
-.PHONY: demo test test-matrix static lint format bench clean
+.PHONY: demo test test-matrix test-pythons static lint format bench clean
 .SECONDARY:
 
 demo: $(VENV)/ready
@@ -23,6 +25,19 @@ test-matrix: $(VENV)/ready $(OLD_TRANSFORMERS:%=test-transformers-%)
 
 test-transformers-%: $(VENV)-transformers-%/ready
 	$(VENV)-transformers-$*/bin/python -m pytest tests/bart
+
+# The CPU path with each of the other versions of Python, and no more than the base requirements. torch's builds for GPUs
+# take 5 GB, so each environment is removed before the next is made.
+test-pythons: $(OTHER_PYTHONS:%=test-python-%)
+
+test-python-%:
+	python$* -m venv --clear $(VENV)-python-$*
+	$(VENV)-python-$*/bin/python -m pip install --quiet --upgrade pip
+	grep -v '^triton==' constraints.txt > $(VENV)-python-$*/constraints.txt
+	$(VENV)-python-$*/bin/python -m pip install --quiet --constraint $(VENV)-python-$*/constraints.txt \
+		--editable . hypothesis numpy pytest
+	$(VENV)-python-$*/bin/python -m pytest tests/test_smoke.py
+	rm -rf $(VENV)-python-$*
 
 static: $(VENV)/ready
 	$(BIN)/python -m bench.static --csv bench/results/static.csv
@@ -43,7 +58,10 @@ bench: $(VENV)/ready
 $(VENV)/ready: Makefile setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[dev]"
+	# torch's builds for GPUs require another triton; the kernels are compiled and tested with the pinned one.
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt 'triton; sys_platform == "linux"'
 	# It asks for Python 3.12 and newer torch; it runs on 3.11 and what is pinned here.
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0
 	touch $@
@@ -51,9 +69,9 @@ $(VENV)/ready: Makefile setup.py pyproject.toml constraints.txt
 $(VENV)-transformers-%/ready: Makefile setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
-	grep -v '^transformers==' constraints.txt > $(@D)/constraints.txt
+	grep -vE '^(transformers|triton)==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable ".[dev]" transformers==$*
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-python-* $(VENV)-transformers-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
