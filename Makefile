@@ -8,7 +8,7 @@ OLD_TRANSFORMERS := 4.44.2 4.57.6
 # besides the one of .venv: 3.11, for which constraints.txt is written
 OTHER_PYTHONS := 3.10 3.12 3.13
 
-.PHONY: demo test test-matrix test-pythons static lint format bench clean
+.PHONY: demo test test-matrix test-pythons static lint format docs bench clean
 .SECONDARY:
 
 demo: $(VENV)/ready
@@ -50,6 +50,14 @@ lint: $(VENV)/ready
 format: $(VENV)/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site, in build/site; warnings are errors.
+docs: $(VENV)/docs-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/docs-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
 
 # Against its peers, on a GPU if there is one; BENCH="--quick" and the like for other runs.
 bench: $(VENV)/ready

@@ -1,4 +1,4 @@
-"""python -m bench.report: writes the README's performance section from the files in bench/results, figure by figure."""
+"""python -m bench.report: writes the figures of README.md and docs/performance.md from the files in bench/results."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.cases import OURS, OWN, TimedCase, ours_of
+from bench.cases import OURS, OWN, TimedCase, ours_of, plan
 from bench.measure import BOUND
 from bench.record import Run, read
 from bench.table import pattern_label
 
 _ROOT = Path(__file__).parent.parent
-_README, _RESULTS = _ROOT / "README.md", _ROOT / "bench/results"
+README, PAGE = _ROOT / "README.md", _ROOT / "docs/performance.md"
+_RESULTS, _PLOTS = _ROOT / "bench/results", _ROOT / "docs/performance"
 _BEGIN, _END = "<!-- begin: python -m bench.report -->\n", "<!-- end: python -m bench.report -->\n"
 _WHO = {
     "lsg torch": "ours, PyTorch",
@@ -29,33 +30,80 @@ _WHO = {
     BOUND: "matmul bound",
 }
 _HEADS = {"types": "Sparsity types", "patterns": "Train step with other patterns", "dtypes": "Dtypes"}
+_PICTURES = {
+    "ratios": "Time relative to ours, by peer",
+    "time": "Time against sequence length",
+    "memory": "Peak memory against sequence length",
+}
 Figure = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the section, or with --check fail where it is not what the files say."""
+    """Write the sections, or with --check fail if a section is not what the files give."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail if the README would change")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a section would change")
     options = parser.parse_args(arguments)
-    old = _README.read_text(encoding="utf-8")
-    new = with_report(old, sorted(_RESULTS.glob("*.jsonl"), key=lambda path: path.stem))
-    if options.check and new != old:
-        raise SystemExit("README.md: the performance section is not that of bench/results; run python -m bench.report")
-    if not options.check:
-        _README.write_text(new, encoding="utf-8")
+    paths = sorted(_RESULTS.glob("*.jsonl"), key=lambda path: path.stem)
+    for document, lines in ((README, summary(paths)), (PAGE, [line for path in paths for line in report(path)])):
+        old = document.read_text(encoding="utf-8")
+        new = with_section(old, lines)
+        if options.check and new != old:
+            raise SystemExit(f"{document.name}: its figures differ from bench/results; run python -m bench.report")
+        if not options.check:
+            document.write_text(new, encoding="utf-8")
 
 
-def with_report(readme: str, paths: Iterable[Path]) -> str:
-    """The README's text with the section that belongs to these files.
+def with_section(text: str, lines: Iterable[str]) -> str:
+    """A document's text with these lines between its marks.
 
     Raises:
-        ValueError: the text has no such section, or a file is that of a dry run.
+        ValueError: the text has no such section.
     """
-    before, begin, rest = readme.partition(_BEGIN)
+    before, begin, rest = text.partition(_BEGIN)
     _, end, after = rest.partition(_END)
     if not begin or not end:
-        raise ValueError(f"README.md: expected a section from {_BEGIN.strip()!r} to {_END.strip()!r}")
-    return before + begin + "\n".join(line for path in paths for line in report(path)) + "\n" + end + after
+        raise ValueError(f"expected a section from {_BEGIN.strip()!r} to {_END.strip()!r}")
+    return before + begin + "\n".join(lines) + "\n" + end + after
+
+
+def summary(paths: Iterable[Path]) -> list[str]:
+    """One small table for each device, of the sections of a quick run; from the device's file with the most figures.
+
+    Raises:
+        ValueError: a file is that of a dry run.
+    """
+    fullest: dict[str, Run] = {}
+    for run in map(_read, paths):
+        device = run.run["device"]
+        if device not in fullest or len(run.figures) > len(fullest[device].figures):
+            fullest[device] = run
+    return [line for run in fullest.values() for line in _small_table(run)]
+
+
+def _small_table(run: Run) -> list[str]:
+    tokens, device = run.common_length(), "cpu" if run.run["cuda"] is None else "cuda"
+    titles = [section.title for section in plan(device, quick=True)]
+    found = _at_length(run, tokens)
+    columns = {title: figures for title, figures in found.items() if next(iter(figures.values()))["section"] in titles}
+    names = [name for name in _WHO if name not in (BOUND, "lsg reference") and any(name in x for x in columns.values())]
+    rows = {_WHO[name]: [_small_cell(x.get(name), _ours(x)) for x in columns.values()] for name in names}
+    faster = dict.fromkeys(_WHO[figure["peer"]] for figure in _faster_figures(run))
+    note = f" Faster than ours in some measured cases: {'; '.join(faster)}." if faster else ""
+    return [
+        f"{_where(run)}, {tokens:,} tokens: time relative to ours and, in brackets, peak memory relative to ours. "
+        f"Our rows give absolute values.{note}",
+        "",
+        *_markdown(columns, rows),
+    ]
+
+
+def _small_cell(figure: Figure | None, ours: Figure | None) -> str:
+    if figure is None:
+        return ""
+    peak, own = figure.get("peak_bytes"), (ours or {}).get("peak_bytes")
+    if figure is ours or figure["ratio"] is None:
+        return _time(figure["ms"][0]) + (f" ({peak / 2**20:.0f} MiB)" if peak else "")
+    return f"{figure['ratio'][0]:.2f}" + (f" ({peak / own:.1f})" if peak and own else "")
 
 
 def report(path: Path) -> list[str]:
@@ -64,44 +112,59 @@ def report(path: Path) -> list[str]:
     Raises:
         ValueError: it is that of a dry run.
     """
+    run = _read(path)
+    lines = [*_heading(path, run), *_peers(run, run.common_length()), *_lengths(run), *_patterns(run), *_kept(run)]
+    lines += _faster(run)
+    for name, caption in _PICTURES.items():
+        picture = f"{path.stem}-{name}.png"
+        if (_PLOTS / picture).exists():
+            lines += [f"![{caption}]({_PLOTS.name}/{picture})", ""]
+    return [*lines, *_skipped(run)]
+
+
+def _read(path: Path) -> Run:
     run = read(path)
     if run.run["arguments"]["dry_run"]:
         raise ValueError(f"{path}: figures of a dry run say nothing")
-    lines = [*_heading(path, run), *_peers(run, run.common_length()), *_lengths(run), *_patterns(run), *_kept(run)]
-    lines += _faster(run)
-    pictures = [f"{path.stem}-{name}.png" for name in ("ratios", "time", "memory")]
-    for name in pictures:
-        if (path.parent / name).exists():
-            lines += [f"![{name}](bench/results/{name})", ""]
-    return [*lines, *_skipped(run)]
+    return run
 
 
 def _heading(path: Path, run: Run) -> list[str]:
     what = run.run
     versions = ", ".join(f"{name} {version}" for name, version in what["versions"].items() if version)
-    threads = f", {what['threads']} threads" if what["cuda"] is None else ""
     return [
-        f"### {what['device']}{threads}: transformers {what['versions']['transformers']}",
+        f"## {_where(run)}: transformers {what['versions']['transformers']}",
         "",
         f"{what['date'][:10]}, commit {what['commit']}, {versions}; {len(run.figures)} figures in "
-        f"[{path.name}](bench/results/{path.name}).",
+        f"`bench/results/{path.name}`.",
         "",
     ]
 
 
+def _where(run: Run) -> str:
+    threads = f", {run.run['threads']} threads" if run.run["cuda"] is None else ""
+    return f"{run.run['device']}{threads}"
+
+
 def _peers(run: Run, middle: int) -> list[str]:
     """A row for each peer and a column for each section, all at one length."""
-    columns: dict[str, dict[str, Figure]] = {}
-    for figure in run.figures:
-        if figure["case"].tokens == middle and figure["compares"] == "peers":
-            columns.setdefault(_title(figure), {})[figure["peer"]] = figure
+    columns = _at_length(run, middle)
     names = [name for name in _WHO if any(name in column for column in columns.values())]
     head = (
-        f"Time over ours at {middle:,} tokens: the median of repetitions, and in brackets the 20th and 80th "
-        "percentiles; and the peak memory of the call over ours. Of ours, the amounts."
+        f"At {middle:,} tokens, relative to ours: the median time over repetitions, its 20th and 80th percentiles in "
+        "brackets, and the peak memory of the call. Our rows give absolute values."
     )
     rows = {_WHO[name]: [_cell(x.get(name), _ours(x)) for x in columns.values()] for name in names}
     return [head, "", *_markdown(columns, rows)]
+
+
+def _at_length(run: Run, tokens: int) -> dict[str, dict[str, Figure]]:
+    """The figures of each section that compares peers, by peer, at one length."""
+    columns: dict[str, dict[str, Figure]] = {}
+    for figure in run.figures:
+        if figure["case"].tokens == tokens and figure["compares"] == "peers":
+            columns.setdefault(_title(figure), {})[figure["peer"]] = figure
+    return columns
 
 
 def _title(figure: Figure) -> str:
@@ -139,7 +202,7 @@ def _lengths(run: Run) -> list[str]:
     lengths = sorted({length for row in sections.values() for length in row})
     if not sections:
         return []
-    head = "Dense attention's time over ours, by length (above 1, LSG is faster):"
+    head = "Time of dense attention relative to ours, by length. Above 1, LSG is faster."
     rows = {
         title: [f"{row[length]['ratio'][0]:.2f}" if length in row else "" for length in lengths]
         for title, row in sections.items()
@@ -159,7 +222,7 @@ def _markdown(columns: Iterable[str], rows: dict[str, list[str]]) -> list[str]:
 
 
 def _patterns(run: Run) -> list[str]:
-    """Rows of sparsity types, patterns and dtypes: our time, and that of others and of the bound over it."""
+    """Rows of sparsity types, patterns and dtypes: our time, then peers and the bound relative to it."""
     lines: list[str] = []
     for compares, head in _HEADS.items():
         rows: dict[str, list[str]] = {}
@@ -176,7 +239,7 @@ def _patterns(run: Run) -> list[str]:
         if rows:
             others = [_WHO[name] for name in names]
             columns = [x for title in titles for x in (f"{title.split(', ')[-1]}, ours", *others)]
-            lines += [f"{head}: our time, and others' over it.", "", *_markdown(columns, rows)]
+            lines += [f"{head}: our time, then the peers' time relative to it.", "", *_markdown(columns, rows)]
     return lines
 
 
@@ -199,7 +262,7 @@ def _label(case: TimedCase, compares: str) -> str:
 
 
 def _kept(run: Run) -> list[str]:
-    """What is left where the allocator keeps freed memory."""
+    """Ratios with an allocator that keeps freed memory."""
     lines = []
     for title in dict.fromkeys(x["section"] for x in run.figures if x["compares"] == "allocators"):
         for figures in _by_case(run, title):
@@ -208,23 +271,27 @@ def _kept(run: Run) -> list[str]:
     if not lines:
         return []
     return [
-        "glibc gives large freed blocks back to the system, and who allocates most pays for fetching them again. With "
-        "an allocator that keeps them, as jemalloc does, the times over ours are instead:",
+        "glibc returns large freed blocks to the system, and a peer that allocates much pays to fetch them again. With "
+        "an allocator that keeps freed blocks, as jemalloc does, times relative to ours are:",
         "",
         *lines,
         "",
     ]
 
 
+def _faster_figures(run: Run) -> list[Figure]:
+    """The figures of peers that take less time than ours."""
+    return [x for x in run.figures if x["peer"] not in (BOUND, *OWN) and x["ratio"] and x["ratio"][0] < 1]
+
+
 def _faster(run: Run) -> list[str]:
-    """Who takes less time than ours, and where."""
+    """Each case in which a peer takes less time than ours."""
     lines = []
-    for figure in run.figures:
-        if figure["peer"] not in (BOUND, *OWN) and figure["ratio"] and figure["ratio"][0] < 1:
-            case: TimedCase = figure["case"]
-            where = f"{figure['section']}, {case.tokens:,} tokens, {case.dtype_name}"
-            lines.append(f"- {_WHO[figure['peer']]}: {where}: {figure['ratio'][0]:.2f}")
-    return ["Who is faster than ours, and where:", "", *lines, ""] if lines else []
+    for figure in _faster_figures(run):
+        case: TimedCase = figure["case"]
+        where = f"{figure['section']}, {case.tokens:,} tokens, {case.dtype_name}"
+        lines.append(f"- {_WHO[figure['peer']]}: {where}: {figure['ratio'][0]:.2f}")
+    return ["Peers that are faster than ours:", "", *lines, ""] if lines else []
 
 
 def _skipped(run: Run) -> list[str]:
@@ -232,7 +299,7 @@ def _skipped(run: Run) -> list[str]:
     for record in run.skipped:
         reasons.setdefault(f"{_WHO[record['peer']]}: {record['reason']}", {})[record["section"]] = None
     lines = [f"- {reason} ({'; '.join(sections)})" for reason, sections in reasons.items()]
-    return ["<details><summary>Who did not run what, and why</summary>", "", *lines, "", "</details>", ""]
+    return ["Not measured:", "", *lines, ""] if lines else []
 
 
 if __name__ == "__main__":

@@ -167,21 +167,47 @@ def test_pictures_are_drawn_of_what_there_is(dry_run, tmp_path):
     assert (tmp_path / "two-time.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_readme_says_what_the_files_say():
+def test_documents_have_the_figures_of_the_files():
     report.main(["--check"])
 
 
+@pytest.mark.parametrize("document", ["README", "PAGE"])
+def test_a_changed_figure_in_a_document_is_found(document, monkeypatch, tmp_path):
+    text = getattr(report, document).read_text(encoding="utf-8")
+    before, begin, figures = text.partition(report._BEGIN)
+    copy = tmp_path / f"{document}.md"
+    copy.write_text(before + begin + figures.replace("86.8 ms", "68.8 ms", 1), encoding="utf-8")
+    monkeypatch.setattr(report, document, copy)
+    with pytest.raises(SystemExit, match=rf"{copy.name}: its figures differ from bench/results"):
+        report.main(["--check"])
+    assert "68.8 ms" in copy.read_text(encoding="utf-8")
+    report.main([])
+    assert copy.read_text(encoding="utf-8") == text
+
+
 def test_report_refuses_dry_runs_and_texts_without_its_place(dry_run):
-    readme = f"before\n{report._BEGIN}old\n{report._END}after\n"
-    path = RESULTS / "cpu.jsonl"
-    text = report.with_report(readme, [path])
+    old = f"before\n{report._BEGIN}old\n{report._END}after\n"
+    lines = report.report(RESULTS / "cpu.jsonl")
+    text = report.with_section(old, lines)
     assert text.startswith(f"before\n{report._BEGIN}")
     assert text.endswith(f"{report._END}after\n")
-    assert report.with_report(text, [path]) == text
-    with pytest.raises(ValueError, match="dry run"):
-        report.with_report(readme, [dry_run[1]])
+    assert report.with_section(text, lines) == text
+    for make in (report.report, lambda path: report.summary([path])):
+        with pytest.raises(ValueError, match="dry run"):
+            make(dry_run[1])
     with pytest.raises(ValueError, match="expected a section"):
-        report.with_report("no marks", [path])
+        report.with_section("no marks", lines)
+
+
+def test_summary_has_a_table_for_each_device(tmp_path):
+    """Of several files of a device, the one with the most figures."""
+    small, large = RESULTS / "cpu-transformers-4.57.6.jsonl", RESULTS / "cpu.jsonl"
+    other = tmp_path / "other.jsonl"
+    other.write_text(large.read_text().replace(read(large).run["device"], "another device"))
+    tables = {device: report.summary([path]) for device, path in (("first", large), ("another", other))}
+    assert report.summary([small, large]) == report.summary([large, small]) == tables["first"]
+    assert report.summary([small, large, other]) == tables["first"] + tables["another"]
+    assert tables["another"][0].startswith("another device, 2 threads, 4,096 tokens")
 
 
 @pytest.mark.parametrize("key", ["ms", "ratio", "peak_bytes"])
@@ -197,6 +223,7 @@ def test_report_is_made_of_the_figures(key, tmp_path):
     changed = tmp_path / path.name
     changed.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert report.report(changed) != report.report(path)
+    assert report.summary([changed]) != report.summary([path])
 
 
 def test_report_names_who_is_faster(tmp_path):
@@ -208,8 +235,9 @@ def test_report_names_who_is_faster(tmp_path):
     changed = tmp_path / path.name
     changed.write_text("".join(json.dumps(record) + "\n" for record in records))
     lines = report.report(changed)
-    begin = lines.index("Who is faster than ours, and where:")
+    begin = lines.index("Peers that are faster than ours:")
     assert lines[begin + 2 : begin + 4] == ["- LED: train step, 4,096 tokens, float32: 0.50", ""]
+    assert "Faster than ours in some measured cases: LED." in report.summary([changed])[0]
 
 
 def test_committed_runs_are_whole():

@@ -1,4 +1,4 @@
-"""Where this project departs from the original on purpose: the last section of the specification, point by point."""
+"""Where this project departs from the original on purpose: the last section of docs/semantics.md, by number."""
 
 import pytest
 import torch

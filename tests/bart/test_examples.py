@@ -75,18 +75,6 @@ def test_lines_that_finetune_does_not_take(line, tmp_path):
         finetune["Summaries"](data, None, 10, 10)
 
 
-def test_readme(document):
-    """Its programs for LSG-BART, with the tiny checkpoints for the published ones."""
-    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
-    blocks = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "lsg_attn.bart" in block]
-    assert len(blocks) == 2
-    code = f"document = open({str(document)!r}).read()\n" + "".join(blocks)
-    code = code.replace("ccdv/lsg-bart-large-4096", str(CONVERTED)).replace("facebook/bart-base", str(BASE))
-    code += "print(len(ids[0]) > 1, tokenizer.model_max_length, model.config.num_global_tokens)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1:] == ["True 16384 16"], done.stderr
-
-
 def rows_of(out):
     """The demo's table: seconds and GiB by step."""
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
