@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -22,11 +21,11 @@ from bench.measure import reason_of
 from bench.static.meta import meta_call
 from bench.timing import Clock, Spread, Step, interleave, ratio, spread
 from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
-from lsg_attn.call import Call, Saved, allocate, restore, to_save
-from lsg_attn.compression import lsh_directions
+from lsg_attn.call import Call
 from lsg_attn.fused.backward import allocate_gradients, plan_backward
 from lsg_attn.fused.forward import launch_forward, plan_forward
 from lsg_attn.fused.launch import Launch, run_on
+from lsg_attn.fused.results import Saved, allocate, restore, to_save
 from lsg_attn.fused.schedules import Schedule, Tuning, backward_schedule, forward_schedule, target_of
 from lsg_attn.testing import assert_close, make_inputs
 
@@ -102,8 +101,8 @@ class Trial:
         self.target = target_of(self.device)
         self.is_backward = is_backward
         query, key, value, self._dout = (x.to(self.device) for x in make_inputs(*shape, dtype)[:4])
-        directions = tuple(x.to(self.device) for x in lsh_directions(pattern, shape[1], shape[3]))
-        self.call = Call(query, key, value, None, pattern, dropout_p, 1, shape[3] ** -0.5, directions)
+        seed = torch.tensor(1) if dropout_p else None
+        self.call = Call(query, key, value, None, seed, (), dropout_p, shape[3] ** -0.5, pattern)
         self.row = table_row(self.target, pattern, dtype, shape[3], dropout_p > 0, is_backward)
         self._saved = to_save(self.call, launch_forward(self.call)) if is_backward else None
         self._clock = Clock("cuda")
@@ -148,8 +147,8 @@ def plan_pass(
     if saved is None:
         results = allocate(call)
         return plan_forward(call, results, target, schedule), (results.out,)
-    again, gradients = replace(call, directions=()), allocate_gradients(call)
-    return plan_backward(again, restore(again, saved), dout, gradients, target, schedule), gradients
+    gradients = allocate_gradients(call)
+    return plan_backward(call, restore(call, saved), dout, gradients, target, schedule), gradients
 
 
 def table_row(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .call import Call
 from .pattern import LSGPattern
 from .workspace import Workspace
 
@@ -97,6 +98,27 @@ def compress(pattern: LSGPattern, tokens: Tokens) -> Compression | None:
     if pattern.num_slots(tokens.shape[-1]) == 0:
         return None
     return _COMPRESSIONS[pattern.compression](pattern, tokens)
+
+
+def compress_call(call: Call) -> Compression | None:
+    """The compression of a call's keys, or None where no query sees a compressed key."""
+    first = call.pattern.num_global_tokens
+    query, key = call.query[:, :, first:], call.key[:, :, first:]
+    return compress(call.pattern, Tokens(query, key, call.keep()[:, first:], call.scale, call.projections or None))
+
+
+def bos_pooling_backward(
+    compression: Compression, bos_query: Tensor, key: Tensor, value: Tensor, dkey_slots: Tensor, dvalue_slots: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What the weights of ``bos_pooling`` add to the gradients of the first token's query and of all keys.
+
+    ``bos_query``: (heads, head_dim); ``key, value``: (heads, T, head_dim); ``dkey_slots, dvalue_slots``: the gradients
+    of compressed keys and values, (heads, N, head_dim). Returns gradients shaped as bos_query and key.
+    """
+    dweight = compression.weight_gradient(key, dkey_slots) + compression.weight_gradient(value, dvalue_slots)
+    dscores = scale * compression.softmax_backward(dweight).unsqueeze(-1)
+    return (dscores * key).sum(-2), dscores * bos_query.unsqueeze(-2)
 
 
 def lsh_directions(pattern: LSGPattern, heads: int, head_dim: int) -> tuple[Tensor, ...]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .blockwise.attention import blockwise_attention
+from .call import Call
 from .checks import number, probability, type_name
-from .masking import check_mask, full_mask
-from .operator import fused_attention, obstacles
+from .fused.limits import unsupported_reasons
+from .masking import check_mask
+from .operator import operator_attention
 from .pattern import LSGPattern
 from .reference import reference_attention
 
@@ -64,7 +67,7 @@ def lsg_attention(
 
     Raises:
         TypeError: an argument is not of the type named above.
-        ValueError: shapes, dtypes or devices do not fit, a number is out of range, or the implementation can not run.
+        ValueError: shapes, dtypes or devices do not fit, a number is out of range, or the implementation cannot run.
     """
     _check_tensors(query, key, value)
     _, heads, length, head_dim = query.shape
@@ -79,20 +82,22 @@ def lsg_attention(
     dropout_p = probability("dropout_p", dropout_p)
     scale = 1.0 / math.sqrt(head_dim) if scale is None else number("scale", scale)
     projections = _projections(lsh_projections, pattern, heads, head_dim, query.device)
-    num_slots = pattern.num_slots(length - pattern.num_global_tokens)
-    if num_slots and pattern.compression in ("stride", "block_stride") and pattern.sparsity_factor > heads:
+    call = Call(query, key, value, attention_mask, None, projections, dropout_p, scale, pattern)
+    if call.rule.varies_by_head and pattern.sparsity_factor > heads:
         warnings.warn(
             f"sparsity_type={pattern.sparsity_type!r} covers all tokens only with at least sparsity_factor="
             f"{pattern.sparsity_factor} heads; there are {heads}",
             stacklevel=2,
         )
     if implementation in ("auto", "triton"):
-        implementation = _choose(implementation, query, key, value, pattern, scale)
+        implementation = _choose(implementation, call)
+    if dropout_p and implementation != "reference":
+        # On the CPU, so that its value reaches a launch without waiting for the device; a CUDA graph keeps it.
+        call = replace(call, seed=torch.randint(1 << 62, (), device="cpu"))
     if implementation == "operator":
-        return fused_attention(query, key, value, attention_mask, pattern, dropout_p, scale, projections)
+        return operator_attention(call)
     with torch.autocast(query.device.type, enabled=False):  # the inputs' dtype is what is asked for
-        run = blockwise_attention if implementation == "torch" else reference_attention
-        return run(query, key, value, full_mask(attention_mask, query), pattern, dropout_p, scale, projections)
+        return blockwise_attention(call) if implementation == "torch" else reference_attention(call)
 
 
 def check_implementation(implementation: str, name: str = "implementation") -> None:
@@ -108,12 +113,12 @@ def check_implementation(implementation: str, name: str = "implementation") -> N
         raise ValueError(f"{name}: expected 'auto', 'triton', 'torch' or 'reference', got {implementation!r}")
 
 
-def _choose(implementation: str, query: Tensor, key: Tensor, value: Tensor, pattern: LSGPattern, scale: float) -> str:
+def _choose(implementation: str, call: Call) -> str:
     """What "auto" and "triton" come to: "operator", or "torch" where "auto" has to do without the kernels."""
-    reasons = obstacles(query, key, value, pattern, scale)
+    reasons = unsupported_reasons(call)
     if reasons and implementation == "triton":
-        raise ValueError(f"implementation='triton' can not run: {'; '.join(reasons)}; use 'auto' or 'torch'")
-    if torch.compiler.is_compiling() and not query.is_cuda:
+        raise ValueError(f"implementation='triton' cannot run: {'; '.join(reasons)}; use 'auto' or 'torch'")
+    if torch.compiler.is_compiling() and not call.query.is_cuda:
         return "operator"  # runs the block-wise code on a CPU; one node of a graph, where that would be many
     return "torch" if reasons else "operator"
 
@@ -138,10 +143,10 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 def _projections(
     projections: Sequence[Tensor] | None, pattern: LSGPattern, heads: int, head_dim: int, device: torch.device
-) -> tuple[Tensor, ...] | None:
+) -> tuple[Tensor, ...]:
     if projections is None:
-        return None
-    if pattern.compression != "lsh":
+        return ()
+    if not pattern.rule.is_hashed:
         raise ValueError(f"lsh_projections: expected None, as this pattern compresses by {pattern.compression!r}")
     shapes = [(heads, head_dim, buckets // 2) for buckets in pattern.lsh_buckets]
     if not isinstance(projections, (list, tuple)):

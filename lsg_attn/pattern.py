@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .checks import integer, type_name
+from .sparsity import RULES, CompressionRule
 
 SPARSITY_TYPES = ("norm", "pooling", "bos_pooling", "stride", "block_stride", "lsh", "none")
 
@@ -59,7 +60,7 @@ class LSGPattern:
                 f"sparsity_factor must divide block_size, got sparsity_factor={self.sparsity_factor} "
                 f"and block_size={self.block_size}"
             )
-        if self.compression in ("norm", "lsh") and (self.chunk % self.sparsity_factor or self.block_size % self.chunk):
+        if self.rule.is_chunked and (self.chunk % self.sparsity_factor or self.block_size % self.chunk):
             raise ValueError(
                 f"sparsity_type={self.sparsity_type!r} compresses chunks of min(block_size, sparse_block_size) tokens, "
                 f"which must be a multiple of sparsity_factor and divide block_size; got chunks of {self.chunk}, "
@@ -83,6 +84,11 @@ class LSGPattern:
         return self.sparsity_type
 
     @property
+    def rule(self) -> CompressionRule:
+        """What the compression that is really done asks of the rest of the code."""
+        return RULES[self.compression]
+
+    @property
     def step(self) -> int:
         """The number of compressed keys per block: B // f, or 0 without a sparse part."""
         return self.block_size // self.sparsity_factor if self.has_sparse else 0
@@ -95,7 +101,7 @@ class LSGPattern:
     @property
     def lsh_buckets(self) -> tuple[int, ...]:
         """The number of buckets in each hashing round, in order. A round has ``buckets // 2`` random directions."""
-        if self.compression != "lsh":
+        if not self.rule.is_hashed:
             return ()
         return (self.chunk,) * self.lsh_num_pre_rounds + (self.chunk // self.sparsity_factor,)
 

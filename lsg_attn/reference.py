@@ -5,27 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .compression import Compression, Tokens, compress
+from .call import Call
+from .compression import Compression, compress_call
 from .pattern import LSGPattern
 
 
-def reference_attention(
-    query: Tensor, key: Tensor, value: Tensor, keep: Tensor, pattern: LSGPattern, dropout_p: float, scale: float,
-    projections: tuple[Tensor, ...] | None,
-) -> Tensor:  # fmt: skip
-    """Dense LSG attention; arguments as :func:`lsg_attn.lsg_attention` checked them, keep: (batch, G+T) bool."""
+def reference_attention(call: Call) -> Tensor:
+    """Dense LSG attention. Dropout draws from PyTorch's generator."""
+    query, key, value, pattern = call.query, call.key, call.value, call.pattern
     first = pattern.num_global_tokens
-    tokens = Tokens(query[:, :, first:], key[:, :, first:], keep[:, first:], scale, projections)
-    visible = visible_tokens(pattern, key.shape[-2]).to(key.device) & keep[:, None, None, :]
-    compression = compress(pattern, tokens)
+    visible = visible_tokens(pattern, key.shape[-2]).to(key.device) & call.keep()[:, None, None, :]
+    compression = compress_call(call)
     if compression is not None:
         slots = visible_slots(pattern, key.shape[-2]).to(key.device) & compression.keep.unsqueeze(-2)
         visible = torch.cat([visible.expand(*slots.shape[:-1], -1), slots], dim=-1)
         key = torch.cat([key, compression.apply(key[:, :, first:])], dim=-2)
         value = torch.cat([value, compression.apply(value[:, :, first:])], dim=-2)
-    scores = (query * scale @ key.mT).masked_fill(~visible, torch.finfo(query.dtype).min)
+    scores = (query * call.scale @ key.mT).masked_fill(~visible, torch.finfo(query.dtype).min)
     probs = scores.softmax(dim=-1) * visible  # a row that sees nothing: a uniform row times 0
-    return torch.dropout(probs, dropout_p, train=True) @ value
+    return torch.dropout(probs, call.dropout_p, train=True) @ value
 
 
 def visible_tokens(pattern: LSGPattern, length: int) -> Tensor:

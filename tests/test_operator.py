@@ -1,15 +1,15 @@
 """The Triton implementation without a GPU: what stands in its way, and its operator, which runs on a CPU too."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from lsg_attn import SPARSITY_TYPES, LSGAttention, LSGPattern, lsg_attention
-from lsg_attn.call import Call, allocate, to_save
+from lsg_attn.call import Call
 from lsg_attn.functional import _choose
-from lsg_attn.operator import _fields, obstacles
+from lsg_attn.fused.limits import unsupported_reasons
+from lsg_attn.fused.results import allocate, to_save
+from lsg_attn.operator import _arguments, _call
 from lsg_attn.testing import Inputs, assert_close, make_inputs, run_reference
 
 operator = torch.ops.lsg_attn.attention
@@ -21,10 +21,15 @@ class OnAGPU(torch.Tensor):
     is_cuda = True
 
 
+def call_of(query, key, value, pattern, attention_mask=None, dropout_p=0.0, scale=1.0, seed=11):
+    return Call(
+        query, key, value, attention_mask, torch.tensor(seed) if dropout_p else None, (), dropout_p, scale, pattern
+    )
+
+
 def arguments(pattern, dropout_p=0.0, scale=0.3):
     inputs = make_inputs(2, 4, pattern.num_global_tokens + 90, 8, padding="random")
-    seed = torch.tensor(11) if dropout_p else None
-    return *inputs[:3], inputs.attention_mask, seed, [], dropout_p, scale, *_fields(pattern)
+    return _arguments(call_of(*inputs[:3], pattern, inputs.attention_mask, dropout_p, scale))
 
 
 @pytest.mark.parametrize(
@@ -39,16 +44,15 @@ def arguments(pattern, dropout_p=0.0, scale=0.3):
         ({"has_triton": False}, "triton is not installed"),
     ],
 )
-def test_obstacles(change, reason, monkeypatch):
-    """Each is named, alone."""
+def test_each_reason_is_named_alone(change, reason, monkeypatch):
     case = {"dtype": torch.float16, "head_dim": 64, "pattern": LSGPattern(), "scale": 1.0}
     case |= {"capability": (8, 0), "has_triton": True}
     case |= change
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case["capability"])
-    monkeypatch.setattr("lsg_attn.operator._HAS_TRITON", case["has_triton"])
+    monkeypatch.setattr("lsg_attn.fused.limits._HAS_TRITON", case["has_triton"])
     x = torch.zeros(1, 1, 600, case["head_dim"], dtype=case["dtype"])
     x = x.as_subclass(OnAGPU)
-    (got,) = obstacles(x, x, x, case["pattern"], case["scale"])
+    (got,) = unsupported_reasons(call_of(x, x, x, case["pattern"], scale=case["scale"]))
     assert reason in got
 
 
@@ -57,23 +61,27 @@ def test_what_dispatch_chooses_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for requires_grad in (False, True):
         x = torch.zeros(1, 1, 10, 64, dtype=torch.bfloat16, requires_grad=requires_grad).as_subclass(OnAGPU)
-        assert obstacles(x, x, x, LSGPattern(), 0.125) == []
-        assert _choose("auto", x, x, x, LSGPattern(), 0.125) == "operator"
-        assert _choose("triton", x, x, x, LSGPattern(), 0.125) == "operator"
-        assert _choose("auto", x, x, x, LSGPattern(), -1.0) == "torch"
+        call = call_of(x, x, x, LSGPattern())
+        assert unsupported_reasons(call) == []
+        assert _choose("auto", call) == "operator"
+        assert _choose("triton", call) == "operator"
+        assert _choose("auto", call_of(x, x, x, LSGPattern(), scale=-1.0)) == "torch"
 
 
-def test_forward_mode_gradients_are_an_obstacle():
+def test_forward_mode_gradients_are_not_supported():
     x = torch.zeros(1, 1, 10, 64)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-        assert any("a gradient by forward mode" in reason for reason in obstacles(x, dual, x, LSGPattern(), 1.0))
-        assert not any("gradient" in reason for reason in obstacles(x, x, x, LSGPattern(), 1.0))
+        assert any(
+            "a gradient by forward mode" in reason for reason in unsupported_reasons(call_of(x, dual, x, LSGPattern()))
+        )
+        assert not any("gradient" in reason for reason in unsupported_reasons(call_of(x, x, x, LSGPattern())))
 
 
-def test_operator_takes_the_fields_of_a_pattern_in_order():
-    pattern = LSGPattern(24, 12, 3, "lsh", 5, 2, 7)
-    assert _fields(pattern) == dataclasses.astuple(pattern)
+def test_operator_takes_a_call_apart_and_puts_it_together():
+    x = torch.zeros(1, 1, 10, 4)
+    call = call_of(x, x, x, LSGPattern(24, 12, 3, "lsh", 5, 2, 7), torch.ones(1, 10), dropout_p=0.5, scale=0.3)
+    assert _call(*_arguments(call)) == call
 
 
 def test_triton_on_a_cpu_says_why_not_and_what_to_use():
@@ -107,7 +115,7 @@ def test_operator_has_the_gradients_of_the_reference(sparsity_type):
     pattern = LSGPattern(16, 16, 4, sparsity_type, 3)
     query, key, value, dout, mask = make_inputs(2, 4, 3 + 90, 8, padding="random", num_kept=4)
     leaves = [x.requires_grad_() for x in (query, key, value)]
-    (out,) = operator(*leaves, mask, None, [], 0.0, 8**-0.5, *_fields(pattern))
+    (out,) = operator(*_arguments(call_of(*leaves, pattern, mask, scale=8**-0.5)))
     expected = run_reference(Inputs(query, key, value, dout, mask), pattern)
     for name, got in zip(("dquery", "dkey", "dvalue"), torch.autograd.grad(out, leaves, dout), strict=True):
         assert_close(name, got, expected[name])
@@ -135,7 +143,8 @@ def test_operator_drops_the_same_with_other_threads():
     threads = torch.get_num_threads()
 
     def attend(*qkv):
-        (out,) = operator(*qkv, None, torch.tensor(7), [], 0.5, 0.3, *_fields(LSGPattern(16, num_global_tokens=3)))
+        pattern = LSGPattern(16, num_global_tokens=3)
+        (out,) = operator(*_arguments(call_of(*qkv, pattern, dropout_p=0.5, scale=0.3, seed=7)))
         torch.set_num_threads(threads + 1)
         return out
 
@@ -210,7 +219,7 @@ def test_results_are_as_small_as_they_can_be(sparsity_type):
     """
     heads, tokens, head_dim, factor = 4, 4096, 64, 4
     x = torch.empty(2, heads, 1 + tokens, head_dim, dtype=torch.bfloat16, device="meta")
-    call = Call(x, x, x, None, LSGPattern(128, 128, factor, sparsity_type), 0.0, 0, 0.125)
+    call = call_of(x, x, x, LSGPattern(128, 128, factor, sparsity_type))
     results = allocate(call)
     slots, rows = 2 * heads * tokens // factor, 2 * heads * tokens
     lse = 4 * 2 * heads * (1 + tokens)

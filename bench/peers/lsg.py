@@ -22,7 +22,8 @@ from bench.peers.base import (
     pairs_obstacle,
 )
 from lsg_attn import lsg_attention
-from lsg_attn.operator import obstacles
+from lsg_attn.call import Call
+from lsg_attn.fused.limits import unsupported_reasons
 
 
 class LSGPeer(Adapter):
@@ -101,4 +102,5 @@ def _obstacle(implementation: str, case: TimedCase) -> str | None:
         example = torch.empty(1, case.size.heads, 1, case.size.head_dim, dtype=case.dtype, device=case.device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         return str(error).splitlines()[0]
-    return "; ".join(obstacles(example, example, example, case.pattern, scale=1.0)) or None
+    call = Call(example, example, example, None, None, (), 0.0, 1.0, case.pattern)
+    return "; ".join(unsupported_reasons(call)) or None

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lsg_attn import LSGPattern
-from lsg_attn.call import Call, allocate, restore, to_save
+from lsg_attn.call import Call
 from lsg_attn.fused.backward import allocate_gradients, plan_backward
+from lsg_attn.fused.compress import directions_of
 from lsg_attn.fused.forward import plan_forward
 from lsg_attn.fused.launch import Launch
+from lsg_attn.fused.results import allocate, restore, to_save
 
 
 def meta_call(
@@ -26,8 +27,8 @@ def meta_call(
     tokens = length - pattern.num_global_tokens
     mask = torch.empty(batch, tokens, dtype=torch.bool, device="meta") if has_mask else None
     directions = tuple(torch.empty(heads, head_dim, m // 2, device="meta") for m in pattern.lsh_buckets)
-    dropout_p, seed = (0.1, 1 << 60) if has_dropout else (0.0, 0)
-    return Call(query, key, value, mask, pattern, dropout_p, seed, head_dim**-0.5, directions)
+    dropout_p, seed = (0.1, torch.tensor(1 << 60)) if has_dropout else (0.0, None)
+    return Call(query, key, value, mask, seed, directions, dropout_p, head_dim**-0.5, pattern)
 
 
 class Pass(NamedTuple):
@@ -41,10 +42,10 @@ class Pass(NamedTuple):
 def meta_passes(call: Call, target: str) -> tuple[Pass, Pass]:
     """The forward of a call, and its backward."""
     results = allocate(call)
-    saved, inputs = to_save(call, results), (call.query, call.key, call.value, *call.directions)
+    saved, inputs = to_save(call, results), (call.query, call.key, call.value, *directions_of(call))
     if call.attention_mask is not None:
         inputs += (call.attention_mask,)
-    again, dout, gradients = replace(call, directions=()), torch.empty_like(results.out), allocate_gradients(call)
-    backward = plan_backward(again, restore(again, saved), dout, gradients, target)
+    dout, gradients = torch.empty_like(results.out), allocate_gradients(call)
+    backward = plan_backward(call, restore(call, saved), dout, gradients, target)
     forward = Pass(plan_forward(call, results, target), inputs, saved)
     return forward, Pass(backward, (*inputs, *saved, dout), gradients)

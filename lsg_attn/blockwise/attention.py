@@ -8,68 +8,47 @@ again from q and k, by the same steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..compression import Compression, Tokens, compress
-from ..pattern import LSGPattern
+from ..call import Call
+from ..compression import Compression, compress_call
 from ..workspace import matmul_out
 from .sweep import Sweep, Tile
 
 
-def blockwise_attention(
-    query: Tensor, key: Tensor, value: Tensor, keep: Tensor, pattern: LSGPattern, dropout_p: float, scale: float,
-    projections: tuple[Tensor, ...] | None, seed: int | None = None,
-) -> Tensor:  # fmt: skip
-    """Block-wise LSG attention; arguments as :func:`lsg_attn.lsg_attention` checked them, keep: (batch, G+T) bool.
-
-    ``seed``: of the dropout masks; drawn from PyTorch's generator by default.
-    """
-    call = _call(query, pattern, dropout_p, scale, seed)
-    maps = _tensors(_compress(query, key, keep, call, projections))
-    out: Tensor = _BlockwiseAttention.apply(query, key, value, keep, call, *maps)  # type: ignore[no-untyped-call]
+def blockwise_attention(call: Call) -> Tensor:
+    """Block-wise LSG attention, differentiable once."""
+    maps = _tensors(_compress(call))
+    inputs = (call.query, call.key, call.value, call.attention_mask, call.seed)
+    options = (call.dropout_p, call.scale, call.pattern)
+    out: Tensor = _BlockwiseAttention.apply(*inputs, options, torch.get_num_threads(), *maps)  # type: ignore[no-untyped-call]
     return out
 
 
-def blockwise_backward(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, keep: Tensor, pattern: LSGPattern, dropout_p: float,
-    scale: float, projections: tuple[Tensor, ...] | None, seed: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of query, key and value of :func:`blockwise_attention` with these arguments, from that of out."""
-    call = _call(query, pattern, dropout_p, scale, seed)
-    return _backward(dout, query, key, value, keep, _compress(query, key, keep, call, projections), call)
+def blockwise_forward(call: Call) -> Tensor:
+    """The output of :func:`blockwise_attention`, without autograd; :func:`blockwise_backward` has its gradients."""
+    return _forward(call, _compress(call), _threads(call))
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What one call computes with, besides tensors."""
-
-    pattern: LSGPattern
-    scale: float
-    dropout_p: float
-    seed: int  # of the dropout masks, which forward and backward draw in the order of the sweep
-    threads: int  # which decide that order, and may change before backward
+def blockwise_backward(call: Call, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value of :func:`blockwise_forward`, from the gradient of its output."""
+    return _backward(call, _compress(call), _threads(call), dout)
 
 
-def _call(query: Tensor, pattern: LSGPattern, dropout_p: float, scale: float, seed: int | None) -> _Call:
-    if seed is None:
-        drawn = int(torch.randint(1 << 62, (), device="cpu")) if dropout_p else 0
-        return _Call(pattern, scale, dropout_p, drawn, torch.get_num_threads())
-    # Who gives the seed may call again with other threads, and must get the same masks: all heads are one part then.
-    return _Call(pattern, scale, dropout_p, seed, query.shape[1] if dropout_p else torch.get_num_threads())
+def _threads(call: Call) -> int:
+    """Threads to share heads out over. With dropout it is all heads, in one part.
+
+    The number of threads decides the order of the draws, and may change between a forward and its backward.
+    """
+    return call.query.shape[1] if call.dropout_p else torch.get_num_threads()
 
 
-def _compress(
-    query: Tensor, key: Tensor, keep: Tensor, call: _Call, projections: tuple[Tensor, ...] | None
-) -> Compression | None:
-    first = call.pattern.num_global_tokens
+def _compress(call: Call) -> Compression | None:
     with torch.no_grad():
-        tokens = Tokens(query[:, :, first:], key[:, :, first:], keep[:, first:], call.scale, projections)
-        return compress(call.pattern, tokens)
+        return compress_call(call)
 
 
 def _tensors(compression: Compression | None) -> tuple[Tensor | None, ...]:
@@ -79,44 +58,47 @@ def _tensors(compression: Compression | None) -> tuple[Tensor | None, ...]:
     return compression.slot, compression.weight, compression.keep, compression.token
 
 
-def _compression(tensors: Sequence[Tensor]) -> Compression | None:
-    """The reverse of :func:`_tensors`."""
-    return Compression(*tensors) if tensors else None
-
-
 class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, keep: Tensor, call: _Call, *maps: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(query, key, value, keep, *maps)
-        ctx.call = call
-        batch, heads, length, head_dim = query.shape
-        # (batch, length, heads, head_dim) in memory, as an output projection wants it
-        out = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
-        sweep = Sweep(query, key, value, keep, _compression(maps), call.pattern, call.threads)
-        probabilities = _Probabilities(call, sweep)
-        for part in sweep.parts():
-            for tile in sweep.tiles(part):
-                probs = probabilities.of(tile, sweep.load(tile, "query", part.query))
-                if (mask := probabilities.dropout_mask(probs)) is not None:
-                    probs.mul_(mask)
-                tile.store(sweep.work.matmul("out", probs, tile.value), part.of(out))
-        return out
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, seed: Tensor | None,
+        options: tuple[Any, ...], threads: int, *maps: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """``options``: the arguments of Call after its tensors; ``threads``: the backward needs the same number."""
+        ctx.save_for_backward(query, key, value, attention_mask, seed, *maps)
+        ctx.options, ctx.threads = options, threads
+        call = Call(query, key, value, attention_mask, seed, (), *options)
+        return _forward(call, Compression(*maps) if maps else None, threads)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, keep, *maps = ctx.saved_tensors
-        grads = _backward(dout, query, key, value, keep, _compression(maps), ctx.call)
-        return *grads, *(None for _ in range(2 + len(maps)))
+        query, key, value, attention_mask, seed, *maps = ctx.saved_tensors
+        call = Call(query, key, value, attention_mask, seed, (), *ctx.options)
+        grads = _backward(call, Compression(*maps) if maps else None, ctx.threads, dout)
+        return *grads, *(None for _ in range(4 + len(maps)))
+
+
+def _forward(call: Call, compression: Compression | None, threads: int) -> Tensor:
+    batch, heads, length, head_dim = call.query.shape
+    # (batch, length, heads, head_dim) in memory, as an output projection wants it
+    out = call.query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    sweep = Sweep(call, compression, threads)
+    probabilities = _Probabilities(call, sweep)
+    for part in sweep.parts():
+        for tile in sweep.tiles(part):
+            probs = probabilities.of(tile, sweep.load(tile, "query", part.query))
+            if (mask := probabilities.dropout_mask(probs)) is not None:
+                probs.mul_(mask)
+            tile.store(sweep.work.matmul("out", probs, tile.value), part.of(out))
+    return out
 
 
 def _backward(
-    dout: Tensor, query: Tensor, key: Tensor, value: Tensor, keep: Tensor, compression: Compression | None, call: _Call
-) -> tuple[Tensor, Tensor, Tensor]:
-    dquery, dkey, dvalue = (torch.empty_like(x) for x in (query, key, value))
-    sweep = Sweep(query, key, value, keep, compression, call.pattern, call.threads)
+    call: Call, compression: Compression | None, threads: int, dout: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dquery, dkey, dvalue = (torch.empty_like(x) for x in (call.query, call.key, call.value))
+    sweep = Sweep(call, compression, threads)
     probabilities = _Probabilities(call, sweep)
     work = sweep.work
     for part in sweep.parts():
@@ -138,16 +120,16 @@ def _backward(
             matmul_out(dwindow[0], dscores.mT, query_tile, call.scale)
             tile.scatter_add(dwindow, drows)
             tile.store(work.matmul("out", dscores, tile.key, call.scale), part.of(dquery))
-        sweep.finish(part, drows, dquery, dkey, dvalue, call.scale)
+        sweep.finish(part, drows, dquery, dkey, dvalue)
     return dquery, dkey, dvalue
 
 
 class _Probabilities:
     """The attention probabilities of tiles, and their dropout masks in the order of the sweep."""
 
-    def __init__(self, call: _Call, sweep: Sweep) -> None:
+    def __init__(self, call: Call, sweep: Sweep) -> None:
         self._scale, self._kept, self._work = call.scale, 1.0 - call.dropout_p, sweep.work
-        self._generator = torch.Generator(sweep.query.device).manual_seed(call.seed) if call.dropout_p else None
+        self._generator = torch.Generator(call.query.device).manual_seed(call.seed_value()) if call.dropout_p else None
 
     def of(self, tile: Tile, query: Tensor) -> Tensor:
         """The probabilities (heads * blocks, size, window) of the tile's queries, 0 where a key is not visible."""

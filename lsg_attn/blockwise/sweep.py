@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..compression import Compression, sum_rows
-from ..pattern import LSGPattern
+from ..call import Call
+from ..compression import Compression, bos_pooling_backward, sum_rows
 from ..workspace import Workspace
 from .layout import Layout
 
@@ -88,22 +88,12 @@ class Tile:
 class Sweep:
     """The order in which forward and backward go over parts and tiles, and the memory that they use again.
 
-    ``query, key, value``: (batch, heads, G+T, head_dim); ``keep``: (batch, G+T) bool; ``threads``: of the CPU, to share
-    heads out over. The same arguments give the same order.
+    ``threads``: of the CPU, to share heads out over. The same arguments give the same order.
     """
 
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        keep: Tensor,
-        compression: Compression | None,
-        pattern: LSGPattern,
-        threads: int,
-    ) -> None:
-        self.query, self.key, self.value, self.keep = query, key, value, keep
-        self.compression, self.pattern = compression, pattern
+    def __init__(self, call: Call, compression: Compression | None, threads: int) -> None:
+        self.call, self.compression, self.keep = call, compression, call.keep()
+        query, pattern = call.query, call.pattern
         self.layout = layout = Layout(pattern, query.shape[-2])
         self.work = Workspace(query)
         self.sum_dtype = torch.promote_types(query.dtype, torch.float32)
@@ -123,7 +113,7 @@ class Sweep:
 
     def parts(self) -> Iterator[Part]:
         """Go over the batch, and over as many heads at a time as the budget of scores allows."""
-        for entry in range(self.query.shape[0]):
+        for entry in range(self.call.query.shape[0]):
             visible = self._visible(entry)
             keep = self.keep[entry]
             has_padding = not keep.all()
@@ -131,12 +121,12 @@ class Sweep:
                 compression = None if self.compression is None else self.compression.part(entry, chosen)
                 rows = self._fill(entry, chosen, has_padding, compression)
                 clipped = (~visible[chosen]).any(2).any(0).tolist()
-                query = self.query[entry, chosen]
+                query = self.call.query[entry, chosen]
                 yield Part(entry, chosen, query, rows, keep, has_padding, visible[chosen], clipped, compression)
 
     def tiles(self, part: Part) -> Iterator[Tile]:
         """Go over the part's queries: first those that see the whole sequence, then the blocks."""
-        layout, first, size = self.layout, self.pattern.num_global_tokens, self.pattern.block_size
+        layout, first, size = self.layout, self.call.pattern.num_global_tokens, self.call.pattern.block_size
         heads, length, head_dim = part.query.shape
         key, value = part.rows[:, layout.sequence].unflatten(0, (2, heads))
         clipped = [(0, 1)] if part.has_padding else []
@@ -154,21 +144,20 @@ class Sweep:
         heads, _, head_dim = x.shape
         return tile.load(x, self.work.empty(name, heads, tile.visible.shape[1] * tile.size, head_dim))
 
-    def finish(self, part: Part, drows: Tensor, dquery: Tensor, dkey: Tensor, dvalue: Tensor, scale: float) -> None:
+    def finish(self, part: Part, drows: Tensor, dquery: Tensor, dkey: Tensor, dvalue: Tensor) -> None:
         """Bring a part's gradients of compressed keys back to the tokens, and store those of keys and values."""
         layout, compression, heads = self.layout, part.compression, part.query.shape[0]
         if compression is not None:
             dkey_slots, dvalue_slots = drows[:, layout.slots].unflatten(0, (2, heads))
             dkey_tokens, dvalue_tokens = drows[:, layout.tokens].unflatten(0, (2, heads))
-            if self.pattern.compression == "bos_pooling":
+            if self.call.rule.has_weight_gradient:
                 key, value = part.rows[:, layout.tokens].unflatten(0, (2, heads))
-                dweight = compression.weight_gradient(key, dkey_slots) + compression.weight_gradient(
-                    value, dvalue_slots
+                bos = self.call.pattern.num_global_tokens
+                dbos, dkey_weights = bos_pooling_backward(
+                    compression, part.query[:, bos], key, value, dkey_slots, dvalue_slots, self.call.scale
                 )
-                dscores = scale * compression.softmax_backward(dweight).unsqueeze(-1)
-                bos = self.pattern.num_global_tokens
-                part.of(dquery)[:, bos] += (dscores * key).sum(-2)
-                dkey_tokens += dscores * part.query[:, bos : bos + 1]
+                part.of(dquery)[:, bos] += dbos
+                dkey_tokens += dkey_weights
             if compression.token is not None:
                 layout.give(drows, compression.token)
             else:
@@ -183,7 +172,7 @@ class Sweep:
 
     def _visible(self, entry: int) -> Tensor:
         """(heads, blocks, window) bool of one batch entry."""
-        keep = self.keep.new_zeros(self.query.shape[1], self.layout.num_rows)
+        keep = self.keep.new_zeros(self.call.query.shape[1], self.layout.num_rows)
         keep[:, self.layout.sequence] = self.keep[entry]
         if self.compression is not None:
             keep[:, self.layout.slots] = self.compression.keep[entry]
@@ -194,7 +183,7 @@ class Sweep:
         layout, count = self.layout, heads.stop - heads.start
         rows = self.rows[: 2 * count]
         sequence = rows[:, layout.sequence]
-        for x, target in zip((self.key, self.value), sequence.split(count), strict=True):
+        for x, target in zip((self.call.key, self.call.value), sequence.split(count), strict=True):
             target.copy_(x[entry, heads])
         if has_padding:
             sequence.masked_fill_(~self.keep[entry].unsqueeze(-1), 0)

@@ -1,4 +1,4 @@
-"""From a call and its results to the launches of its backward: two to five, and at most one combine."""
+"""The launches of a backward: two to five, and at most one combine."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from triton import cdiv
 
-from ..call import Call, Results, Saved, restore, variant_of
+from ..call import Call
 from ..kernels.backward import _lsg_bwd_dq_dkv_kernel, _lsg_bwd_slots_kernel
 from ..kernels.reduce import _lsg_bwd_combine_kernel, _lsg_bwd_delta_kernel, _lsg_bwd_weights_kernel
-from .forward import plan_compression
+from .compress import plan_compression
 from .launch import COMBINED, Launch, attention_arguments, block_d, key_arguments, run_on, split_globals
+from .results import Results, Saved, restore
 from .schedules import COMBINE, DELTA, WEIGHTS, Schedule, backward_schedule, target_of
+from .variant import variant_of
 
 # Rows whose products with dout are summed, and tokens whose weights are differentiated at a time.
 _SUMMED, _WEIGHED = 64, 32
@@ -47,8 +49,8 @@ def plan_backward(
 ) -> list[Launch]:
     """The launches, in order, that fill ``gradients`` on a GPU of architecture ``target``.
 
-    ``call``: without directions, as ``lsh`` need not hash again. ``results``: only what is ``Saved`` of them need be
-    there; the rows of slots are made again. ``schedule``: for a tool that tries others than the table's.
+    ``results``: only what is ``Saved`` of them need be there; the rows of slots are made again, where ``lsh`` need not
+    hash again. ``schedule``: for a tool that tries others than the table's.
     """
     query, variant = call.query, variant_of(call)
     batch, heads, length, head_dim = query.shape
@@ -67,7 +69,7 @@ def plan_backward(
         "BLOCK_M": schedule.block_m,
         "BLOCK_N": schedule.block_n,
     }
-    weights = _plan_weights(call, results, attention) if call.compression == "bos_pooling" else None
+    weights = _plan_weights(call, results, attention) if call.rule.has_weight_gradient else None
     launches = (
         *(plan_compression(call, results, target) if variant.sparsity == "compressed" else ()),
         _plan_delta(call, results, dout, delta),
@@ -149,7 +151,7 @@ def _plan_gradients(
         **attention,
         **outputs,
         "weight_ptr": results.weight if variant.sparsity == "compressed" else None,
-        "slot_ptr": results.slot if call.compression == "lsh" else None,
+        "slot_ptr": results.slot if call.rule.saved == "slot" else None,
         "dscore_ptr": None if weights is None else weights.arguments["dscore_ptr"],
         "part_size": split.part_size,
         "BLOCK_G": split.block,

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from triton import cdiv, next_power_of_2
 
-from ..call import Call, Results, Variant
+from ..call import Call
+from .results import Results
 from .schedules import Tuning
+from .variant import Variant
 
 # Parts that are combined at a time.
 COMBINED = 32
@@ -77,7 +79,7 @@ def attention_arguments(call: Call, results: Results, variant: Variant) -> dict[
         "sparse_strides": results.sparse_key.stride() if is_compressed else None,
         "scale_log2": scale_log2(call),
         "kept_scale": 1.0 / (1.0 - call.dropout_p),
-        "seed": call.seed,
+        "seed": call.seed_value(),
         "threshold": round(call.dropout_p * (1 << 31)),
         "V": variant,
         "BLOCK_D": block_d(call),

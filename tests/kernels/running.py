@@ -1,18 +1,18 @@
 """Run the kernels on poisoned results: the one test file that knows how the library plans and launches them."""
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from lsg_attn import LSGPattern, operator
-from lsg_attn.call import Call, allocate, restore, to_save
+from lsg_attn.call import Call
 from lsg_attn.compression import Tokens, compress, lsh_directions
 from lsg_attn.fused import backward, launch
 from lsg_attn.fused import forward as forward_plan
 from lsg_attn.fused.backward import allocate_gradients, plan_backward
 from lsg_attn.fused.forward import plan_forward
 from lsg_attn.fused.launch import run_on
+from lsg_attn.fused.results import allocate, restore, to_save
 from lsg_attn.fused.schedules import Schedule, Tuning, target_of
 from lsg_attn.reference import visible_slots, visible_tokens
 from lsg_attn.testing import Inputs, make_inputs
@@ -78,7 +78,6 @@ def attend(inputs, pattern, **options):
     """Run the kernels of a forward, and of the backward for the inputs' dout; options: those of :func:`call_of`."""
     call = call_of(inputs, pattern, **options)
     saved = to_save(call, run_forward(call))
-    call = replace(call, directions=())
     results, gradients = restore(call, saved), poison(allocate_gradients(call))
     run_on(DEVICE, plan_backward(call, results, inputs.dout.to(DEVICE), gradients, target_of(DEVICE)))
     return Attended(saved.out, saved.lse, *gradients)
@@ -103,7 +102,9 @@ def call_of(inputs, pattern, attention_mask="inputs", dropout_p=0.0, seed=0, sca
     heads, head_dim = query.shape[1], query.shape[3]
     directions = lsh_directions(pattern, heads, head_dim) if directions is None else directions
     scale = head_dim**-0.5 if scale is None else scale
-    return Call(query, key, value, mask, pattern, dropout_p, seed, scale, tuple(x.to(DEVICE) for x in directions))
+    directions = tuple(x.to(DEVICE) for x in directions)
+    seed = torch.tensor(seed) if dropout_p else None
+    return Call(query, key, value, mask, seed, directions, dropout_p, scale, pattern)
 
 
 def use_parts_of(positions, monkeypatch):
@@ -128,7 +129,7 @@ def record_launches(monkeypatch):
 def operator_calls(inputs, pattern, attention_mask, seed, dropout_p):
     """Two functions that run the operator's forward and, given the forward's results, its backward."""
     query, key, value, dout, _ = inputs
-    arguments = (query, key, value, attention_mask, seed, [], dropout_p, 0.25, *operator._fields(pattern))
+    arguments = operator._arguments(Call(query, key, value, attention_mask, seed, (), dropout_p, 0.25, pattern))
     return (
         lambda: operator._attention(*arguments),
         lambda results: operator._attention_backward(dout, results, *arguments),

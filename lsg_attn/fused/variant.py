@@ -1,0 +1,55 @@
+"""Variant: what the kernels of a call are compiled for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ..call import Call
+
+
+class Variant(NamedTuple):
+    """What kernels are compiled for besides dtypes and tiles; each value is a kernel of its own.
+
+    Attributes:
+        sparsity: how a slot's key is found, the ``lookup`` of a :class:`..sparsity.CompressionRule`.
+        num_globals, block, step, reach, factor, chunk: G, B, B // f, s, f and min(B, s) of the pattern.
+        head_dim: elements of a row; tiles are padded to a power of two.
+        has_mask, mask_first: whether there is a mask, and the position of its first column, 0 or G.
+        has_dropout: whether probabilities are dropped.
+    """
+
+    sparsity: str
+    num_globals: int
+    block: int
+    step: int
+    reach: int
+    factor: int
+    chunk: int
+    head_dim: int
+    has_mask: bool
+    mask_first: int
+    has_dropout: bool
+
+
+# Blocks of this many tokens and reaches of this many slots are longer than any sequence, and what is added to them, not
+# multiplied by them, stays below 2^31.
+_FAR = 1 << 29
+
+
+def variant_of(call: Call) -> Variant:
+    """What the kernels of ``call`` are compiled for."""
+    pattern, mask = call.pattern, call.attention_mask
+    sparse = call.num_slots > 0
+    return Variant(
+        sparsity=call.rule.lookup,
+        num_globals=pattern.num_global_tokens,
+        block=min(pattern.block_size, _FAR),
+        step=pattern.step if sparse else 0,
+        reach=min(pattern.sparse_block_size, _FAR) if sparse else 0,
+        factor=pattern.sparsity_factor if sparse else 0,
+        chunk=min(pattern.chunk, _FAR) if sparse else 0,
+        head_dim=call.query.shape[3],
+        has_mask=mask is not None,
+        mask_first=call.query.shape[2] - mask.shape[1] if mask is not None else 0,
+        has_dropout=call.dropout_p > 0,
+    )
