@@ -1,4 +1,4 @@
-"""Settings of the whole suite."""
+"""Settings of the whole test suite."""
 
 import warnings
 
@@ -17,7 +17,7 @@ settings.load_profile("default")
 
 @pytest.fixture(autouse=True)
 def _few_heads_are_meant():
-    """Most cases have fewer heads than sparsity_factor, which stride types warn of; test_errors checks that they do."""
+    """Ignore the stride types' warning about fewer heads than sparsity_factor. test_errors tests the warning."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*covers all tokens only with")
         yield

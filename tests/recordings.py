@@ -21,7 +21,7 @@ _PARAMETERS = (
 
 
 class Recording(NamedTuple):
-    """What went in, the directions of each lsh round (heads, head_dim, m//2), and what came out, by name."""
+    """Inputs, the directions of each lsh round (heads, head_dim, m//2), and results by name."""
 
     pattern: LSGPattern
     inputs: Inputs

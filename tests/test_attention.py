@@ -37,7 +37,9 @@ def test_torch_equals_reference(case):
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("tokens", "head_dim", "num_global_tokens", "padding"), AWKWARD_SHAPES)
-def test_error_in_each_dtype(sparsity_type, dtype, tokens, head_dim, num_global_tokens, padding):
+def test_errors_are_within_the_tolerance_of_each_dtype(
+    sparsity_type, dtype, tokens, head_dim, num_global_tokens, padding
+):
     pattern = LSGPattern(32, 32, 4, sparsity_type, num_global_tokens)
     inputs = make_inputs(
         2, 4, tokens + num_global_tokens, head_dim, dtype, padding, garbage=1e3, num_kept=num_global_tokens + 1
@@ -46,14 +48,14 @@ def test_error_in_each_dtype(sparsity_type, dtype, tokens, head_dim, num_global_
     for implementation in IMPLEMENTATIONS:
         got = run_attention(inputs, pattern, implementation=implementation)
         for name, x in expected.items():
-            rows = inputs.attention_mask[:, None, :, None]  # what padded queries give carries no meaning
+            rows = inputs.attention_mask[:, None, :, None]  # the results of padded queries have no meaning
             assert_close(f"{implementation} {name}", got[name] * rows, x * rows)
 
 
 @each_implementation
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 @pytest.mark.parametrize("padding", PADDINGS)
-def test_gradcheck(implementation, sparsity_type, padding):
+def test_gradients_pass_gradcheck(implementation, sparsity_type, padding):
     pattern = LSGPattern(4, 4, 2, sparsity_type, num_global_tokens=2)
     inputs = make_inputs(1, 2, 2 + 13, 3, F64, padding)
     leaves = tuple(x.requires_grad_() for x in inputs[:3])
@@ -109,7 +111,7 @@ def test_factor_one_and_a_long_reach_is_dense_attention(implementation, sparsity
 @each_implementation
 @given(cases(), st.integers(1, 20))
 def test_padding_on_the_right_changes_nothing(implementation, case, extra):
-    """Also where the longer sequence is no more a short one, and goes through blocks."""
+    """Even if a short sequence, which is dense, becomes long enough for blocks."""
     pattern, length, _ = case
     inputs = inputs_of(case)
     longer = Inputs(
@@ -147,7 +149,7 @@ def test_rows_that_see_nothing_are_zero(implementation, case):
 @given(cases())
 def test_garbage_in_padding_never_matters(implementation, case):
     pattern, _, _ = case
-    # bos_pooling pools by the first token's query, padding or not
+    # bos_pooling weights by the first token's query, even if that is padding
     kept = pattern.num_global_tokens + 1 if pattern.compression == "bos_pooling" else 0
     clean, dirty = (inputs_of(case, garbage=garbage, num_kept=kept) for garbage in (1e-3, 1e3))
     rows = clean.attention_mask[:, None, :, None]
@@ -186,10 +188,9 @@ def test_dropout_is_the_same_in_backward(implementation, sparsity_type, tokens):
 
 @each_implementation
 def test_dropout_is_the_same_in_backward_on_other_threads(implementation, monkeypatch):
-    """What the backward draws must not depend on how many threads there are by then."""
-    monkeypatch.setattr(
-        "lsg_attn.blockwise.sweep._CPU_SCORES", 1
-    )  # as in a long sequence: as many heads at a time as threads
+    """The number of threads may change between the forward and the backward."""
+    # as many heads at a time as threads, as in a long sequence
+    monkeypatch.setattr("lsg_attn.blockwise.sweep._CPU_SCORES", 1)
     pattern = LSGPattern(8, 8, 2)
     inputs = make_inputs(1, 8, 1 + 60, 4, F64)
     grads, threads = [], torch.get_num_threads()
@@ -206,9 +207,8 @@ def test_dropout_is_the_same_in_backward_on_other_threads(implementation, monkey
     assert_close("dquery", grads[1], grads[0])
 
 
-@each_implementation
-def test_default_device_of_the_caller_does_not_matter(implementation):
-    """lsh's directions and dropout's seed are drawn on the CPU, and the former are kept between calls."""
+def test_default_device_of_the_caller_does_not_matter():
+    """The directions of lsh and the seed of dropout are drawn on the CPU. The directions are kept between calls."""
     inputs = make_inputs(1, 2, 1 + 40, 4, F64)
     pattern = LSGPattern(8, 8, 2, "lsh", lsh_seed=77)  # a seed that no other test has cached
     with torch.device("meta"):
@@ -220,7 +220,7 @@ def test_default_device_of_the_caller_does_not_matter(implementation):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 def test_large_scores_lose_no_more_than_in_the_plain_computation(dtype, sparsity_type):
-    """Scores of standard deviation 6: errors are bounded by those of the dense reference in the same dtype."""
+    """Scores have standard deviation 6. The dense reference in the same dtype bounds the errors."""
     pattern = LSGPattern(16, 16, 4, sparsity_type, num_global_tokens=3)
     inputs = make_inputs(2, 4, 3 + 150, 64, dtype, "right", garbage=1e3, num_kept=4)
     inputs = inputs._replace(query=inputs.query * 6)
@@ -234,7 +234,7 @@ def test_large_scores_lose_no_more_than_in_the_plain_computation(dtype, sparsity
 
 @each_implementation
 def test_dropout_has_the_right_mean_and_spread(implementation):
-    """With equal keys and values of 1, out is the mean of W Bernoulli draws over 1 - p."""
+    """With equal keys and values of 1, out is the mean of 24 Bernoulli draws over 1 - p."""
     pattern, p, draws = LSGPattern(8, 0, 2, num_global_tokens=0), 0.3, 400
     value = torch.ones(1, 1, 80, 4, dtype=F64)
     query = key = torch.zeros_like(value)
@@ -251,7 +251,7 @@ def test_dropout_has_the_right_mean_and_spread(implementation):
 
 @each_implementation
 def test_scale_multiplies_queries(implementation):
-    """Also those that bos_pooling pools with."""
+    """Also the query that bos_pooling weights by."""
     inputs = make_inputs(1, 2, 2 + 50, 4, F64)
     pattern = LSGPattern(8, 8, 4, "bos_pooling", num_global_tokens=2)
     scaled = inputs._replace(query=inputs.query * 3)
@@ -264,8 +264,8 @@ def test_scale_multiplies_queries(implementation):
 
 @each_implementation
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
-def test_any_strides(implementation, sparsity_type):
-    """The (batch, length, heads, head_dim) memory of a projection, and an expanded incoming gradient."""
+def test_strides_change_nothing(implementation, sparsity_type):
+    """Memory as a projection writes it, (batch, length, heads, head_dim), and an expanded incoming gradient."""
     pattern = LSGPattern(8, 8, 2, sparsity_type)
     inputs = make_inputs(2, HEADS, 1 + 45, 4, F64, "right")
     strided = Inputs(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:4]), inputs.attention_mask)
@@ -281,14 +281,14 @@ def test_any_strides(implementation, sparsity_type):
 @each_implementation
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 @pytest.mark.parametrize("shape", [(0, 2, 40, 4), (2, 2, 0, 4), (1, 2, 3, 4)])
-def test_empty_and_all_global_inputs(implementation, sparsity_type, shape):
+def test_empty_and_all_global_inputs_keep_their_shape(implementation, sparsity_type, shape):
     pattern = LSGPattern(8, 8, 2, sparsity_type, num_global_tokens=min(3, shape[2]))
     got = run_attention(make_inputs(*shape, F64), pattern, implementation=implementation)
     assert all(x.shape == shape for x in got.values())
 
 
-def test_many_heads_and_few_scores_take_the_same_way(monkeypatch):
-    """Workspaces of one block, of some blocks, and of several heads give the same numbers."""
+def test_the_size_of_the_workspace_changes_nothing(monkeypatch):
+    """It may hold one block, some blocks or several heads."""
     pattern = LSGPattern(8, 8, 2, num_global_tokens=3)
     inputs = make_inputs(2, 5, 3 + 77, 4, F64, "right")
     expected = run_reference(inputs, pattern)

@@ -66,7 +66,7 @@ def expected_map(pattern, query, key, keep, head, scale):
 
 
 @given(patterns(types=TYPES), st.data())
-def test_map_is_the_definition(pattern, data):
+def test_map_equals_the_definition(pattern, data):
     num_tokens = data.draw(st.integers(2 * pattern.block_size + 1, 5 * pattern.block_size + 1))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     query, key = (torch.randn(1, HEADS, num_tokens, 4, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -94,7 +94,7 @@ def test_map_is_the_definition(pattern, data):
 
 
 @given(patterns(types=TYPES), st.integers(0, 99))
-def test_transpose_is_the_transpose(pattern, seed):
+def test_transpose_is_the_adjoint_of_apply(pattern, seed):
     generator = torch.Generator().manual_seed(seed)
     num_tokens = 3 * pattern.block_size + 1
     x, query = (torch.randn(2, HEADS, num_tokens, 4, generator=generator) for _ in range(2))

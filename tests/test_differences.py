@@ -1,4 +1,4 @@
-"""Where this project departs from the original on purpose: the last section of docs/semantics.md, by number."""
+"""The deliberate differences from the original, numbered as in the last section of docs/semantics.md."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_1_factor_equal_to_the_block_size(implementation):
 
 @each_implementation
 def test_2_bos_pooling_masks_a_group_of_padding(implementation):
-    """The original attends to groups that are all padding: then what they hold would matter."""
+    """The original attends to groups that are all padding, so that their contents matter."""
     pattern = LSGPattern(8, 8, 4, "bos_pooling")
     outs = []
     for garbage in (1e-3, 1e3):

@@ -1,4 +1,4 @@
-"""Bad input: each a ValueError or TypeError that says what was expected and what came."""
+"""Bad input raises a ValueError or TypeError that says what was expected and what was given."""
 
 import re
 import warnings
@@ -39,7 +39,7 @@ def qkv(*shape, dtype=torch.float32):
         ({"sparse_block_size": 96, "sparsity_type": "lsh"}, ValueError, "got chunks of 96"),
     ],
 )
-def test_pattern(arguments, error, message):
+def test_bad_pattern(arguments, error, message):
     with pytest.raises(error, match=re.escape(message)):
         LSGPattern(**arguments)
 
@@ -56,14 +56,14 @@ def test_pattern_is_frozen():
 @pytest.mark.parametrize(
     ("sizes", "type_"), [((128, 96, 2), "pooling"), ((12, 5, 3), "stride"), ((8, 3, 2), "none"), ((8, 20, 8), "lsh")]
 )
-def test_patterns_that_are_no_mistake(sizes, type_):
+def test_unusual_patterns_are_valid(sizes, type_):
     assert LSGPattern(*sizes, type_).block_size == sizes[0]
 
 
 def bad_calls():
     q, k, v = qkv()
     return {
-        "no tensor": ((q.tolist(), k, v), TypeError, "query: expected a torch.Tensor, got list"),
+        "not a tensor": ((q.tolist(), k, v), TypeError, "query: expected a torch.Tensor, got list"),
         "integers": ((q, k.long(), v), TypeError, "got torch.int64"),
         "three dimensions": ((q[0], k[0], v[0]), ValueError, "got shape (4, 42, 8)"),
         "other shape": ((q, k[:, :, 1:], v), ValueError, "key: expected query's shape"),
@@ -80,7 +80,7 @@ def bad_calls():
 
 
 @pytest.mark.parametrize("name", bad_calls())
-def test_tensors(name):
+def test_bad_tensors(name):
     tensors, error, message = bad_calls()[name]
     with pytest.raises(error, match=re.escape(message)):
         lsg_attention(*tensors, PATTERN)
@@ -129,7 +129,7 @@ def test_tensors(name):
         ),
     ],
 )
-def test_options(options, error, message):
+def test_bad_options(options, error, message):
     options = {"pattern": PATTERN, **options}
     with pytest.raises(error, match=re.escape(message)):
         lsg_attention(*qkv(), **options)
@@ -153,7 +153,7 @@ def test_stride_types_warn_when_heads_do_not_cover_the_tokens(sparsity_type):
         lsg_attention(*qkv(), LSGPattern(8, 8, 8, sparsity_type))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        lsg_attention(*qkv(), LSGPattern(8, 8, 4, sparsity_type))  # as many heads as tokens in a group
+        lsg_attention(*qkv(), LSGPattern(8, 8, 4, sparsity_type))  # as many heads as tokens a group
         lsg_attention(*qkv(2, 4, 17, 8), LSGPattern(8, 8, 8, sparsity_type))  # short: nothing is compressed
 
 
@@ -167,12 +167,12 @@ def test_stride_types_warn_when_heads_do_not_cover_the_tokens(sparsity_type):
         ((8, True), TypeError, "num_heads: expected an int, got True (bool)"),
     ],
 )
-def test_layer(arguments, error, message):
+def test_bad_layer(arguments, error, message):
     with pytest.raises(error, match=re.escape(message)):
         LSGAttention(*arguments)
 
 
-def test_layer_options_and_input():
+def test_bad_layer_options_and_input():
     with pytest.raises(ValueError, match=re.escape("dropout: expected a probability in [0, 1), got 2")):
         LSGAttention(8, 2, dropout=2)
     with pytest.raises(TypeError, match="dropout: expected a number, got bool"):

@@ -1,4 +1,4 @@
-"""bench.model: its counts against the reference's dense masks."""
+"""bench.static.model: its counts against the reference's dense masks."""
 
 from pathlib import Path
 
@@ -15,14 +15,14 @@ from lsg_attn.reference import visible_slots, visible_tokens
 @pytest.mark.parametrize(
     "pattern", [LSGPattern(16, 16, 4), LSGPattern(16, 200, 2, "pooling", 5), LSGPattern(16, 0, 2, num_global_tokens=0)]
 )
-def test_scores_are_those_of_the_dense_masks(pattern, tokens):
+def test_num_scores_equals_the_dense_masks(pattern, tokens):
     length = pattern.num_global_tokens + tokens
     expected = visible_tokens(pattern, length).sum() + visible_slots(pattern, length).sum()
     assert num_scores(pattern, tokens) == expected
 
 
-def test_floors():
-    """By hand, for a dense sequence: 2 products of 2 flops; q, k, v, out in 16 bits, lse in 32."""
+def test_floors_of_a_forward():
+    """Computed by hand for a dense sequence: 2 products of 2 flops; q, k, v, out in 16 bits, lse in 32."""
     shape, pattern = (2, 3, 1 + 100, 64), LSGPattern(128)
     got = model(pattern, shape, torch.bfloat16, "sm_80")
     assert got.flops == 4 * 64 * 6 * 101 * 101
@@ -33,7 +33,7 @@ def test_floors():
 
 
 def test_floors_of_a_backward():
-    """By hand: 5 products; q, k, v, out, dout, dq, dk, dv in 16 bits, lse in 32."""
+    """Computed by hand: 5 products; q, k, v, out, dout, dq, dk, dv in 16 bits, lse in 32."""
     got = model(LSGPattern(128), (2, 3, 1 + 100, 64), torch.bfloat16, "sm_80", is_backward=True)
     assert got.flops == 10 * 64 * 6 * 101 * 101
     assert got.bytes_moved == 6 * 101 * (8 * 2 * 64 + 4)
@@ -55,7 +55,7 @@ def test_kernels_page_has_these_figures(sparsity_type, is_backward):
 
 @pytest.mark.parametrize("target", DATA_SHEETS)
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
-def test_every_type_and_gpu(sparsity_type, target):
+def test_launches_and_times_of_every_type_and_gpu(sparsity_type, target):
     sizes = (1, 4, 1 + 1024, 64)
     for is_backward, most in ((False, 3), (True, 6)):
         got = model(LSGPattern(sparsity_type=sparsity_type), sizes, torch.float32, target, is_backward)

@@ -84,7 +84,7 @@ def test_operator_takes_a_call_apart_and_puts_it_together():
     assert _call(*_arguments(call)) == call
 
 
-def test_triton_on_a_cpu_says_why_not_and_what_to_use():
+def test_error_of_triton_on_a_cpu_has_the_reason_and_alternatives():
     x = torch.zeros(1, 1, 10, 64)
     with pytest.raises(ValueError, match=r"the tensors are on device cpu.* use 'auto' or 'torch'"):
         lsg_attention(x, x, x, LSGPattern(), implementation="triton")
@@ -92,8 +92,8 @@ def test_triton_on_a_cpu_says_why_not_and_what_to_use():
 
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_operator(sparsity_type, dropout_p):
-    """PyTorch's own checks: schema, fake tensors, autograd, tracing with dynamic shapes, also of the backward."""
+def test_operator_passes_opcheck(sparsity_type, dropout_p):
+    """Checks of schema, fake tensors, autograd, tracing with dynamic shapes, also of the backward."""
     case = arguments(LSGPattern(16, 16, 4, sparsity_type, 3), dropout_p)
     torch.library.opcheck(operator, case)
     results = operator(*case)
@@ -139,7 +139,7 @@ def assert_drops_the_same(attend):
 
 
 def test_operator_drops_the_same_with_other_threads():
-    """Its backward may run with others than its forward."""
+    """The number of threads may change between the forward and the backward."""
     threads = torch.get_num_threads()
 
     def attend(*qkv):
@@ -166,8 +166,8 @@ def test_compiled_and_checkpointed_dropout():
 
 
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
-def test_compiles_as_one_graph(sparsity_type):
-    """The whole of lsg_attention, at any length above 2B without compiling again."""
+def test_lsg_attention_compiles_as_one_graph(sparsity_type):
+    """Any length above 2B runs without compiling again."""
     pattern = LSGPattern(16, 16, 4, sparsity_type, 3)
     compiled = torch.compile(lambda *x: lsg_attention(*x[:3], pattern, x[3]), fullgraph=True)
     for tokens in (90, 101, 333):
@@ -181,7 +181,7 @@ def test_compiles_as_one_graph(sparsity_type):
 
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 def test_a_training_step_compiles_as_one_graph(sparsity_type):
-    """Forward and backward of a layer; in float64, as the gradient of k_proj.bias is 0 but for rounding."""
+    """Forward and backward of a layer, in float64: the gradient of k_proj.bias is 0 except for rounding errors."""
     torch.manual_seed(0)
     pattern = LSGPattern(16, 16, 4, sparsity_type, 3)
     layer = LSGAttention(16, 4, pattern).double()
@@ -200,7 +200,7 @@ def test_autocast_does_not_change_the_dtype():
     assert torch.equal(out, operator(query, key, value, mask, *rest)[0])
 
 
-def test_exports():
+def test_exports_as_one_operator():
     class Attention(torch.nn.Module):
         def forward(self, query, key, value):
             return lsg_attention(query, key, value, LSGPattern(16))

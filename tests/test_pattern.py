@@ -1,4 +1,4 @@
-"""Who sees whom, against set arithmetic on tokens."""
+"""Which keys each query sees, against set arithmetic on tokens."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from lsg_attn.reference import visible_slots, visible_tokens
 
 
 @given(cases())
-def test_windows_are_the_definition(case):
+def test_windows_equal_the_definition(case):
     pattern, length, _ = case
     first, size, sparse = pattern.num_global_tokens, pattern.block_size, pattern.sparse_block_size
     num_tokens = length - first
@@ -61,7 +61,7 @@ def test_compressed_keys_of_a_block_come_from_that_block(case):
 
 @given(cases())
 def test_tiles_gather_what_the_reference_sees(case):
-    """Rows numbered by their key: each block's visible rows are the keys its queries see, each of them once."""
+    """Rows hold the number of their key. The visible rows of a block are the keys that its queries see, each once."""
     pattern, length, _ = case
     layout, num_slots = Layout(pattern, length), pattern.num_slots(length - pattern.num_global_tokens)
     rows = torch.full((1, layout.num_rows, 1), -1.0)
@@ -104,5 +104,5 @@ def test_step_and_reach():
         ({"sparsity_type": "norm", "sparse_block_size": 0}, "none"),
     ],
 )
-def test_compression_that_is_really_done(parameters, expected):
+def test_compression_in_effect(parameters, expected):
     assert LSGPattern(**parameters).compression == expected

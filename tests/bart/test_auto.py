@@ -1,4 +1,4 @@
-"""The Auto classes after `import lsg_attn.bart`: LSG directories are never plain BART, others are as before."""
+"""The Auto classes after `import lsg_attn.bart`: LSG checkpoints load as LSG-BART, all others as before."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize(("auto", "head"), PAIRS.items())
-def test_each_auto_class(auto, head):
+def test_auto_classes_load_lsg_and_plain_checkpoints(auto, head):
     auto_class = getattr(transformers, auto)
     for folder in (NORM, CLASSIFY):
         assert type(auto_class.from_pretrained(folder)).__name__ == f"LSGBart{head}"
@@ -41,12 +41,12 @@ def test_plain_configurations_are_untouched():
     config, unused = AutoConfig.from_pretrained(BASE, d_model=64, what=1, return_unused_kwargs=True)
     assert type(config) is BartConfig
     assert (config.d_model, unused["what"]) == (64, 1)
-    config.name_or_path = ""  # AutoConfig alone sets it
+    config.name_or_path = ""  # only AutoConfig sets it
     assert config.to_dict() == BartConfig.from_pretrained(BASE, d_model=64).to_dict()
 
 
 def test_other_repositories_keep_their_own_code(tmp_path, monkeypatch):
-    """With trust_remote_code=True somebody else's BART is theirs; lsg-converter's too, which is no silent loss."""
+    """A repository's own class loads with trust_remote_code=True, and only then."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "theirs"
     shutil.copytree(BASE, folder)
@@ -58,7 +58,7 @@ def test_other_repositories_keep_their_own_code(tmp_path, monkeypatch):
     assert type(AutoConfig.from_pretrained(folder, trust_remote_code=False)) is BartConfig
 
 
-def test_tokenizer_of_a_directory_that_does_not_name_its_class(tmp_path):
+def test_tokenizer_class_defaults_to_barts(tmp_path):
     shutil.copytree(CONVERTED, tmp_path / "lsg")
     settings = json.loads((CONVERTED / "tokenizer_config.json").read_text())
     del settings["tokenizer_class"]
@@ -76,8 +76,8 @@ def test_registering_again_changes_nothing():
 @pytest.mark.parametrize(
     ("first", "expected"), [("", "BartForConditionalGeneration"), ("import lsg_attn.bart", "LSGBart")]
 )
-def test_symptom_in_the_readme(first, expected):
-    """Without the import, transformers alone gives plain BART, whatever the version."""
+def test_only_the_import_makes_auto_classes_load_lsg_bart(first, expected):
+    """Without the import, transformers silently loads a plain BART."""
     code = (
         f"{first}\nfrom transformers import AutoModelForSeq2SeqLM\n"
         f"print(type(AutoModelForSeq2SeqLM.from_pretrained({str(NORM)!r})).__name__)"
@@ -86,8 +86,8 @@ def test_symptom_in_the_readme(first, expected):
     assert done.stdout.strip().startswith(expected)
 
 
-def test_a_configuration_read_before_stays_what_it_is():
-    """A BartConfig made by hand of an LSG directory is a BartConfig: nothing of transformers is patched."""
+def test_bart_config_of_an_lsg_directory_stays_plain():
+    """Calling BartConfig directly gives a BartConfig: transformers is not patched."""
     assert type(BartConfig.from_pretrained(NORM)) is BartConfig
     assert type(AutoModelForSeq2SeqLM.from_config(BartConfig.from_pretrained(NORM))).__name__ == (
         "BartForConditionalGeneration"

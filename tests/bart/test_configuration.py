@@ -1,4 +1,4 @@
-"""LSGBartConfig: what it takes, what it refuses by name, what it writes."""
+"""LSGBartConfig: the keys that it accepts, its errors, and the files that it reads and writes."""
 
 import copy
 import json
@@ -37,7 +37,7 @@ from lsg_attn.bart import LSGBartConfig, LSGBartModel
         ({"attention_implementation": "sdpa"}, ValueError, "attention_implementation: expected 'auto'"),
     ],
 )
-def test_mistakes_name_the_key(overrides, error, message):
+def test_errors_name_the_key(overrides, error, message):
     with pytest.raises(error, match=message):
         LSGBartConfig(**overrides)
     for load in (LSGBartConfig.from_pretrained, AutoConfig.from_pretrained, LSGBartModel.from_pretrained):
@@ -46,7 +46,7 @@ def test_mistakes_name_the_key(overrides, error, message):
 
 
 def test_overrides_are_checked_together():
-    """Each alone would not fit the checkpoint's block_size of 32."""
+    """A sparsity_factor of 48 does not divide the checkpoint's block_size of 32, but it divides the new one."""
     model = seq2seq(sparsity_type="bos_pooling", block_size=96, sparsity_factor=48)
     pattern = model.model.encoder.layers[0].self_attn.pattern
     assert (pattern.sparsity_type, pattern.block_size, pattern.sparsity_factor) == ("bos_pooling", 96, 48)
@@ -58,23 +58,23 @@ def test_configurations_are_equal_by_all_keys():
     assert config == LSGBartConfig(block_size=64)
     assert config != LSGBartConfig(block_size=32)
     assert config != LSGBartConfig(block_size=64, attention_implementation="reference")
-    assert json.loads(config.to_json_string(use_diff=False))["block_size"] == 64  # an int, which JSON takes
+    assert json.loads(config.to_json_string(use_diff=False))["block_size"] == 64  # an int, which JSON can store
     assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
 
 
-def test_a_changed_configuration_is_checked_when_used():
+def test_a_changed_configuration_is_checked_when_a_model_is_built():
     config = LSGBartConfig.from_pretrained(NORM)
     config.block_size = 33
     with pytest.raises(ValueError, match="sparsity_factor must divide block_size"):
         LSGBartModel(config)
 
 
-def test_a_misspelt_key_of_the_model_is_an_error():
+def test_unknown_model_arguments_are_refused():
     with pytest.raises(TypeError, match="blok_size"):
         LSGBartModel.from_pretrained(NORM, blok_size=64)
 
 
-def test_published_and_written_configurations_say_the_same(tmp_path):
+def test_published_and_saved_configurations_agree(tmp_path):
     published = LSGBartConfig.from_pretrained(NORM, attention_implementation="reference")
     published.save_pretrained(tmp_path)
     written = LSGBartConfig.from_pretrained(tmp_path)
@@ -83,7 +83,7 @@ def test_published_and_written_configurations_say_the_same(tmp_path):
     assert (published.attention_implementation, written.attention_implementation) == ("reference", "auto")
 
 
-def test_no_sparsity_was_written_as_null():
+def test_sparsity_type_null_means_no_sparse_part():
     assert LSGBartConfig(sparsity_type=None).lsg_pattern().sparsity_type == "none"
 
 
@@ -98,6 +98,6 @@ def test_other_models_are_refused(directory, tmp_path):
             cls.from_pretrained(folder)
 
 
-def test_a_model_wants_its_own_configuration():
+def test_models_refuse_a_plain_configuration():
     with pytest.raises(TypeError, match="config: expected an LSGBartConfig, got BartConfig"):
         LSGBartModel(AutoConfig.from_pretrained(BASE))

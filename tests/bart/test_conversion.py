@@ -1,4 +1,4 @@
-"""Conversion of a BART: equal to the original's, deterministic, refused where it makes no sense, all or nothing."""
+"""Conversion of a BART: equality with lsg-converter, random numbers, errors, and saving all or nothing."""
 
 import json
 import re
@@ -28,12 +28,12 @@ GLOBALS = "model.encoder.global_embeddings.weight"
 
 
 def states_of(model):
-    """A copy of all tensors by name."""
+    """Copies of all tensors, by name."""
     return {name: x.clone() for name, x in model.state_dict().items()}
 
 
-def test_checkpoint_is_the_originals(tmp_path):
-    """Every tensor, the settings and the tokenizer's length."""
+def test_converted_checkpoint_equals_lsg_converters(tmp_path):
+    """All tensors, the configuration and the tokenizer's length are equal."""
     convert_checkpoint(BASE, tmp_path / "lsg", 2048, **AS_CONVERTED)
     got, expected = load_file(tmp_path / "lsg/model.safetensors"), load_file(CONVERTED / "model.safetensors")
     assert got.keys() == expected.keys()
@@ -48,7 +48,7 @@ def test_checkpoint_is_the_originals(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["lsg"]
 
 
-def test_command_line(tmp_path, capsys):
+def test_convert_command(tmp_path, capsys):
     out = tmp_path / "new/lsg"
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in AS_CONVERTED.items()]
     arguments = ["convert", str(BASE), str(out), "--max-length", "2048", *flags, "--no-pool-with-global"]
@@ -81,8 +81,8 @@ def _stored(model):
         (BartForSequenceClassification, "LSGBartForSequenceClassification"),
     ],
 )
-def test_a_model_in_memory(plain_class, lsg_name):
-    """The source stays as it is and shares nothing; a short document's states differ by the global token only."""
+def test_converting_a_model_in_memory(plain_class, lsg_name):
+    """All weights except positions are copied. The source is unchanged and shares no tensor with the result."""
     torch.manual_seed(0)
     source = plain_class.from_pretrained(BASE).to(torch.bfloat16).train()
     before, tokenizer = states_of(source), AutoTokenizer.from_pretrained(BASE)
@@ -99,7 +99,7 @@ def test_a_model_in_memory(plain_class, lsg_name):
     assert all(torch.equal(x, before[name]) for name, x in source.state_dict().items())
 
 
-def test_weights_stay_tied_and_settings_of_generation_come_along():
+def test_weights_stay_tied_and_generation_settings_are_copied():
     source = BartForConditionalGeneration.from_pretrained(BASE)
     source.generation_config.length_penalty = 3.5
     model, _ = convert(source, 2048, tokenizer=AutoTokenizer.from_pretrained(BASE))
@@ -111,7 +111,7 @@ def test_weights_stay_tied_and_settings_of_generation_come_along():
 
 
 def test_resize_of_an_lsg_checkpoint(tmp_path):
-    """Positions change, global tokens and settings stay; the same length changes nothing."""
+    """Positions are repeated. Global tokens and settings stay. The recorded logits come out at another length, too."""
     for folder in (NORM, CONVERTED):
         source = seq2seq(folder)
         model, tokenizer = convert(source, 4096)
@@ -141,7 +141,7 @@ def test_keep_first_global_token():
     model, _ = convert(source, 2048, tokenizer=tokenizer, keep_first_global_token=True)
     got = model.state_dict()[GLOBALS]
     assert torch.equal(got[0], trained[0])
-    # of 2,048 positions, which are those of base twice, every fourth is taken instead of every second
+    # There are now 2,048 positions, so every fourth is used instead of every second.
     positions = seq2seq(CONVERTED).model.encoder.embed_positions.weight.detach()[2:]
     expected = spread_positions(positions, 64, torch.Generator()) + source.model.shared.weight[tokenizer.mask_token_id]
     assert torch.equal(got[1:], expected.detach()[1:])
@@ -149,7 +149,7 @@ def test_keep_first_global_token():
 
 
 def test_random_global_init():
-    """Same seed, same tensors; the rows are distributed as the embeddings, plus the positions."""
+    """The same seed gives the same tensors. Without positions, the rows are distributed like the embeddings."""
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     torch.manual_seed(1)
     rows = [convert(BASE, 2048, random_global_init=True, seed=seed).model.state_dict()[GLOBALS] for seed in (5, 5, 6)]
@@ -167,7 +167,7 @@ def test_random_global_init():
     assert abs(distances.sum(1).mean().item() - width) < 5 * (2 * width / 511) ** 0.5
 
 
-def test_positions_repeat():
+def test_positions_are_repeated():
     weight = torch.arange(12.0).reshape(6, 2)
     assert repeat_positions(weight, 3).tolist() == weight[:5].tolist()
     assert torch.equal(repeat_positions(weight, 9), torch.cat([weight, weight[2:], weight[2:3]]))
@@ -175,7 +175,7 @@ def test_positions_repeat():
 
 @pytest.mark.parametrize(("count", "stride"), [(512, 64), (1024, 64), (1024, 2), (1300, 128), (4096, 8), (4096, 4096)])
 def test_global_positions_are_strides_apart(count, stride):
-    """Each is ``stride`` after the one before, or begins a pass over what is left; none is taken twice."""
+    """Each is ``stride`` after the previous one, or starts a new pass. No position is used twice."""
     order = spread_positions(torch.arange(float(count)).unsqueeze(1), stride, torch.Generator()).flatten()
     factor = count // 512
     assert sorted(order.tolist()) == [factor * i for i in range(512)]
@@ -185,7 +185,7 @@ def test_global_positions_are_strides_apart(count, stride):
     assert order[:: 512 // passes].tolist() == [factor * i for i in range(passes)]
 
 
-def test_few_positions_are_filled_up_from_the_seed():
+def test_missing_positions_are_drawn_from_the_seed():
     positions = torch.randn(100, 8) * 3 + 5
     one, two = (spread_positions(positions, 1, torch.Generator().manual_seed(9)) for _ in range(2))
     assert torch.equal(one, two)
@@ -216,7 +216,7 @@ def plain(**keys):
         (lambda: torch.nn.Linear(2, 2), {}, TypeError, "expected a BART, a name or a directory, got Linear"),
     ],
 )
-def test_bad_arguments(source, arguments, error, message):
+def test_bad_arguments_are_refused(source, arguments, error, message):
     if source == NORM:
         arguments = {**arguments, "tokenizer": AutoTokenizer.from_pretrained(CONVERTED)}
     with pytest.raises(error, match=message):
@@ -231,7 +231,7 @@ def test_bad_arguments(source, arguments, error, message):
         ({"architectures": ["BartForCausalLM"]}, "expected one of BartModel, .* got BartForCausalLM"),
     ],
 )
-def test_other_architectures(keys, message, tmp_path):
+def test_other_architectures_are_refused(keys, message, tmp_path):
     folder = tmp_path / "source"
     shutil.copytree(BASE, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -242,8 +242,8 @@ def test_other_architectures(keys, message, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Moving the following attributes in the config")
-def test_a_directory_of_the_base_model_gets_its_head(tmp_path):
-    """facebook/bart-base names BartModel, and has settings of generation in its configuration."""
+def test_bart_model_directories_are_converted_with_a_head(tmp_path):
+    """facebook/bart-base names BartModel and keeps generation settings in its configuration."""
     base = BartModel.from_pretrained(BASE)
     base.save_pretrained(tmp_path / "source")
     AutoTokenizer.from_pretrained(BASE).save_pretrained(tmp_path / "source")
@@ -264,7 +264,7 @@ def test_a_directory_of_the_base_model_gets_its_head(tmp_path):
 
 
 @pytest.mark.parametrize("lacking", ["model.encoder.layers.0.fc1.weight", "model.shared.weight"])
-def test_nothing_is_drawn_for_what_is_missing(lacking, tmp_path):
+def test_missing_weights_are_refused(lacking, tmp_path):
     shutil.copytree(BASE, tmp_path / "source")
     states = load_file(BASE / "model.safetensors")
     del states[lacking]
@@ -274,14 +274,14 @@ def test_nothing_is_drawn_for_what_is_missing(lacking, tmp_path):
     assert not (tmp_path / "lsg").exists()
 
 
-def test_choices_of_attention_come_along():
+def test_attention_implementations_are_kept():
     source = seq2seq(attn_implementation="eager", attention_implementation="reference")
     model, _ = convert(source, 512)
     assert model.config._attn_implementation == "eager"
     assert model.model.encoder.layers[0].self_attn.implementation == "reference"
 
 
-def test_interrupted_while_writing(tmp_path, monkeypatch):
+def test_interrupting_save_pretrained_leaves_nothing(tmp_path, monkeypatch):
     save = LSGBartForConditionalGeneration.save_pretrained
 
     def stop(model, folder):
@@ -295,8 +295,8 @@ def test_interrupted_while_writing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("step", ["convert", "write", "check"])
-def test_interrupted(step, tmp_path):
-    """Ctrl-C at any step leaves nothing behind."""
+def test_interrupting_a_step_leaves_nothing(step, tmp_path):
+    """Ctrl-C at the start of any step leaves no file behind."""
 
     def interrupt(name):
         if name == step:
@@ -307,8 +307,8 @@ def test_interrupted(step, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_written_is_checked(tmp_path, monkeypatch):
-    """A disk that loses a bit: the check finds it, and no checkpoint is made."""
+def test_the_saved_checkpoint_is_checked(tmp_path, monkeypatch):
+    """If the saved weights differ from the model, the check finds it and no checkpoint is created."""
     save = LSGBartForConditionalGeneration.save_pretrained
 
     def save_badly(model, folder):

@@ -1,4 +1,4 @@
-"""The examples and the demo, run as users run them."""
+"""The examples and the demo, run from the command line."""
 
 import json
 import re
@@ -20,7 +20,7 @@ TEXT = "The quick brown fox jumps over the lazy dog, again and again. " * 60
 
 
 def run(name, *arguments, status=0):
-    """What an example prints, on both streams."""
+    """Run an example and return its output from stdout and stderr."""
     done = subprocess.run([sys.executable, EXAMPLES / name, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -42,13 +42,13 @@ def test_summarize(model, limit, length, document):
     assert ("plain BART: converting it for 1500 tokens" in out) is (model == BASE)
 
 
-def test_summarize_says_how_long_the_model_is(document):
+def test_summarize_refuses_more_tokens_than_the_model_reads(document):
     out = run("summarize.py", document, "--model", CONVERTED, "--max-length", "3000", status=2)
     assert f"--max-length: expected at most 2048, the length of {CONVERTED}, got 3000" in out
 
 
-def test_finetune(tmp_path):
-    """The loss falls, and the folder has a model that the library loads."""
+def test_finetune_lowers_the_loss_and_saves(tmp_path):
+    """The saved model loads and has changed. A plain BART is refused."""
     data = tmp_path / "data.jsonl"
     examples = [{"document": f"{TEXT[:400]} number {i}", "summary": f"fox {i}"} for i in range(4)]
     data.write_text("\n".join(map(json.dumps, examples)))
@@ -66,8 +66,8 @@ def test_finetune(tmp_path):
 
 
 @pytest.mark.parametrize("line", ['{"document": "one"}', "[1]", "not JSON"])
-def test_lines_that_finetune_does_not_take(line, tmp_path):
-    """They are named by number; blank lines, and what only looks like the end of a line, are none of them."""
+def test_finetune_refuses_bad_lines(line, tmp_path):
+    """The error gives the line's number. Blank lines are skipped, and U+2028 does not end a line."""
     data = tmp_path / "data.jsonl"
     data.write_text('{"document": "one\u2028more", "summary": "1"}\n\n' + line, encoding="utf-8")
     finetune = runpy.run_path(str(EXAMPLES / "finetune.py"))
@@ -76,14 +76,14 @@ def test_lines_that_finetune_does_not_take(line, tmp_path):
 
 
 def rows_of(out):
-    """The demo's table: seconds and GiB by step."""
+    """The demo's table: seconds and GiB of each step."""
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
     return {name: (float(seconds), peak) for name, seconds, peak in cells}
 
 
 @pytest.mark.parametrize("model", [NORM, BASE])
 def test_demo_with_a_model(model, document, capsys, tmp_path):
-    if model == NORM:  # with a tokenizer
+    if model == NORM:  # it has no tokenizer, so another LSG-BART takes its place
         main(["convert", str(CONVERTED), str(tmp_path / "lsg"), "--max-length", "1024"])
         model = tmp_path / "lsg"
     main(["demo", "--model", str(model), "--file", str(document), "--tokens", "700"])
@@ -102,11 +102,11 @@ def test_demo_with_a_size(document, capsys, monkeypatch):
     assert list(rows) == ["build", "forward", "generate 16 tokens"]
     assert all(seconds > 0 and (peak == "n/a" or float(peak) > 0.05) for seconds, peak in rows.values())
     (generated,) = re.findall(r"generated: \[([\d, \n]*)\]", out)
-    assert len(generated.split(",")) == 17  # the decoder's start and 16 tokens
+    assert len(generated.split(",")) == 17  # the decoder's start token and 16 new tokens
 
 
-def test_sizes_are_those_of_bart():
-    config = LSGBartConfig()  # BART-large's
+def test_large_is_the_default_size_of_bart():
+    config = LSGBartConfig()  # the default values are those of BART-large
     assert BART_SIZES["large"] == Size(
         config.d_model,
         config.encoder_layers,
@@ -124,7 +124,7 @@ def test_sizes_are_those_of_bart():
         (["--size", "base", "--model", str(BASE)], "not allowed with argument"),
     ],
 )
-def test_bad_arguments_of_the_demo(arguments, message, capsys):
+def test_demo_refuses_bad_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["demo", *arguments])
     assert stop.value.code == 2

@@ -1,4 +1,4 @@
-"""LSG-BART behaves as a BART of transformers: inputs, outputs, heads, generation, dtypes."""
+"""LSG-BART behaves like BART in transformers: inputs, outputs, heads, generation, dtypes."""
 
 import copy
 import pickle
@@ -27,7 +27,7 @@ each = pytest.mark.parametrize("folder", SEQ2SEQ, ids=[folder.name for folder in
 
 
 def tiny(cls=LSGBartForConditionalGeneration, **keys):
-    """A small random model in evaluation mode, and ids of two documents for it, without padding, each with one EOS."""
+    """A small random model in evaluation mode, and ids of two documents without padding, each with one EOS."""
     torch.manual_seed(0)
     model = cls(LSGBartConfig(**{**TINY, **keys})).eval()
     ids = torch.randint(4, 99, (2, 101))
@@ -37,8 +37,8 @@ def tiny(cls=LSGBartForConditionalGeneration, **keys):
 
 @each
 @torch.no_grad()
-def test_ways_to_say_the_same(folder):
-    """inputs_embeds, precomputed encoder_outputs of either kind, tuples and hidden states."""
+def test_equivalent_inputs_give_the_same_outputs(folder):
+    """input_ids, inputs_embeds and both kinds of encoder_outputs; tuples; hidden states."""
     inputs, results = recorded(folder)
     model = seq2seq(folder)
     mask, start = inputs["attention_mask"], inputs["decoder_input_ids"]
@@ -68,8 +68,8 @@ def test_ways_to_say_the_same(folder):
 
 @pytest.mark.parametrize("scale_embedding", [False, True])
 @torch.no_grad()
-def test_a_short_document_without_globals_is_read_as_by_bart(scale_embedding):
-    """T <= 2B: every token sees every other."""
+def test_a_short_document_without_globals_is_encoded_as_by_bart(scale_embedding):
+    """For T <= 2B, every token sees all tokens, as in BART."""
     model, ids = tiny(num_global_tokens=0, block_size=64, sparse_block_size=64, scale_embedding=scale_embedding)
     plain = BartForConditionalGeneration(BartConfig(**model.config.to_dict())).eval()
     states = model.state_dict()
@@ -83,7 +83,7 @@ def test_a_short_document_without_globals_is_read_as_by_bart(scale_embedding):
 
 
 @torch.no_grad()
-def test_no_mask_is_all_tokens():
+def test_no_mask_equals_a_mask_of_ones():
     for keys in ({}, {"mask_first_token": True}, {"pass_global_tokens_to_decoder": False}):
         model, ids = tiny(**keys)
         expected = model(ids, attention_mask=torch.ones_like(ids), decoder_input_ids=ids[:, :7]).logits
@@ -101,8 +101,8 @@ def test_masks_of_any_dtype(dtype):
 
 
 @torch.no_grad()
-def test_a_model_is_what_its_configuration_was():
-    """Changes to the configuration of a model do nothing to it, whichever key."""
+def test_changing_the_configuration_does_not_change_a_model():
+    """A built model ignores later changes to its configuration."""
     model, ids = tiny(num_global_tokens=2)
     expected = model(ids, decoder_input_ids=ids[:, :5]).logits
     changes = {"num_global_tokens": 3, "mask_first_token": True, "pass_global_tokens_to_decoder": False}
@@ -112,7 +112,7 @@ def test_a_model_is_what_its_configuration_was():
 
 
 @torch.no_grad()
-def test_copies_and_other_vocabularies(tmp_path):
+def test_copies_and_resized_vocabularies(tmp_path):
     model, ids = tiny()
     given = {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
     expected = model(**given).logits
@@ -129,7 +129,7 @@ def test_copies_and_other_vocabularies(tmp_path):
 
 @torch.no_grad()
 def test_offloaded_weights():
-    """They are nowhere until a module is called, so modules are called."""
+    """Offloaded weights exist only while their module is called, so the model must call modules."""
     model, ids = tiny()
     expected = model(ids, decoder_input_ids=ids[:, :5]).logits
     accelerate.cpu_offload(model, execution_device="cpu")
@@ -144,7 +144,7 @@ def test_mask_first_token_hides_it_from_all():
     other[:, 0] = 50
     start = ids[:, :5]
     assert torch.equal(model(ids, decoder_input_ids=start).logits, model(other, decoder_input_ids=start).logits)
-    states = model.get_encoder()(ids)  # also where they come precomputed
+    states = model.get_encoder()(ids)  # also with precomputed states
     assert torch.equal(
         model(encoder_outputs=states, decoder_input_ids=start).logits, model(ids, decoder_input_ids=start).logits
     )
@@ -154,7 +154,7 @@ def test_mask_first_token_hides_it_from_all():
 @pytest.mark.parametrize("sparsity_type", ["norm", "bos_pooling", "lsh", "none"])
 @torch.no_grad()
 def test_any_length_and_number_of_globals(length, sparsity_type):
-    """The block-wise path against the dense reference."""
+    """The block-wise implementation agrees with the dense reference."""
     for num_globals in (0, 1, 17):
         keys = {"num_global_tokens": num_globals, "sparsity_type": sparsity_type, "adaptive": False}
         model, _ = tiny(LSGBartModel, **keys)
@@ -178,27 +178,27 @@ def test_any_length_and_number_of_globals(length, sparsity_type):
         ({"attention_mask": torch.ones(2, 103)}, r"attention_mask: expected shape"),
     ],
 )
-def test_bad_inputs_of_the_encoder(arguments, message):
+def test_bad_encoder_inputs_are_refused(arguments, message):
     model, ids = tiny(LSGBartModel)
     for call in (model.encoder, model):
         with pytest.raises(ValueError, match=message):
             call(ids, **arguments)
 
 
-def test_other_bad_inputs():
+def test_bad_lengths_masks_and_missing_inputs_are_refused():
     model, ids = tiny()
     with pytest.raises(ValueError, match="expected at most max_position_embeddings=256 tokens, got 303"):
         model(ids.repeat(1, 3))
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds, got neither"):
         model.get_encoder()()
     states = model.get_encoder()(ids)
-    mask = torch.ones(2, 102)  # with the global token: not what is asked for
+    mask = torch.ones(2, 102)  # wrong: it includes the global token
     with pytest.raises(ValueError, match=r"expected shape \(batch, T\) = \(2, 101\), got \(2, 102\)"):
         model(encoder_outputs=states, attention_mask=mask, decoder_input_ids=ids[:, :3])
 
 
 @torch.no_grad()
-def test_attentions_of_the_decoder_can_be_had():
+def test_decoder_attentions_with_precomputed_encoder_outputs():
     model, ids = tiny(attn_implementation="eager")
     states = model.get_encoder()(ids)
     out = model(encoder_outputs=states, decoder_input_ids=ids[:, :5], output_attentions=True)
@@ -207,8 +207,8 @@ def test_attentions_of_the_decoder_can_be_had():
 
 
 @torch.no_grad()
-def test_heads_read_the_same_decoder():
-    """The question-answering head, and the decoder alone, with the weights of a recorded model."""
+def test_question_answering_head_and_decoder_alone():
+    """Both work with the weights of a recorded model and agree with its decoder."""
     inputs, _ = recorded(NORM)
     model = seq2seq()
     states = model.model(**inputs).last_hidden_state
@@ -232,8 +232,8 @@ def test_heads_read_the_same_decoder():
 
 
 @each
-def test_generation(folder):
-    """Sampling repeats from a seed; encoder_outputs and inputs_embeds made before change nothing."""
+def test_generation_repeats_and_takes_precomputed_inputs(folder):
+    """Sampling is determined by the seed. Given encoder_outputs or inputs_embeds, the recorded ids come out."""
     inputs, results = recorded(folder)
     given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     model = seq2seq(folder)
@@ -264,8 +264,8 @@ def test_generation_with_a_static_cache(folder):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @each
 @torch.no_grad()
-def test_half_precision(folder, dtype):
-    """The encoder's error against float64 is bounded by that of the dense reference in the same dtype."""
+def test_half_precision_error_is_bounded_by_the_reference(folder, dtype):
+    """The encoder's error against float64 is less than twice the reference's error in the same dtype."""
     inputs, _ = recorded(folder)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     exact = seq2seq(folder, attention_implementation="reference").double().get_encoder()(ids, mask)[0]

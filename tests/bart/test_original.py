@@ -1,4 +1,4 @@
-"""The original itself beside ours, where transformers is old enough for it: every type, head and switch."""
+"""Comparison with lsg-converter's models, which need an old transformers: each type, head and flag."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import lsg_attn.bart
 from lsg_attn.testing import relative_rms
 
 if Version(transformers.__version__) >= Version("4.48"):
-    pytest.skip("the original's NameError: BartConfig, since transformers 4.48", allow_module_level=True)
+    pytest.skip("lsg-converter raises a NameError since transformers 4.48", allow_module_level=True)
 
 original = pytest.importorskip("lsg_converter.bart.modeling_lsg_bart")
 
@@ -18,7 +18,7 @@ HEADS = ("Model", "ForConditionalGeneration", "ForSequenceClassification", "ForQ
 
 
 def pair(head, **keys):
-    """The original and ours with the same weights."""
+    """The original model and ours, with the same weights."""
     torch.manual_seed(0)
     theirs = getattr(original, f"LSGBart{head}")(original.LSGBartConfig(**TINY, **keys)).eval()
     ours = getattr(lsg_attn.bart, f"LSGBart{head}")(lsg_attn.bart.LSGBartConfig(**TINY, **keys)).eval()
@@ -37,10 +37,10 @@ def inputs(model, length=128):
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("sparsity_type", ["norm", "pooling", "stride", "block_stride", None])
-def test_heads_and_their_gradients(head, sparsity_type):
+def test_outputs_and_gradients_of_each_head(head, sparsity_type):
     theirs, ours = pair(head, sparsity_type=sparsity_type, num_global_tokens=3)
     given = inputs(ours)
-    weights = None  # of the loss: a sum over a layer norm's output would have no gradient
+    weights = None  # of the loss: the plain sum of a layer norm's output has no gradient
     outputs = {}
     for model in (theirs, ours):
         copies = {name: x.clone() for name, x in given.items()}
@@ -53,7 +53,7 @@ def test_heads_and_their_gradients(head, sparsity_type):
     gradients = dict(ours.named_parameters())
     seen = 0
     for name, parameter in theirs.named_parameters():
-        if parameter.grad is None or name.endswith("k_proj.bias"):  # the latter's is 0 but for rounding
+        if parameter.grad is None or name.endswith("k_proj.bias"):  # the latter's gradient is only rounding error
             continue
         assert relative_rms(gradients[name].grad, parameter.grad) < 1e-4, name
         seen += 1
@@ -64,7 +64,7 @@ def test_heads_and_their_gradients(head, sparsity_type):
 @pytest.mark.parametrize("pools", [True, False])
 @pytest.mark.parametrize("masks", [True, False])
 @torch.no_grad()
-def test_switches(passes, pools, masks):
+def test_flags(passes, pools, masks):
     keys = {"pass_global_tokens_to_decoder": passes, "pool_with_global": pools or masks, "mask_first_token": masks}
     theirs, ours = pair("ForConditionalGeneration", **keys, num_global_tokens=2, sparsity_type="norm")
     given = inputs(ours, length=99)
@@ -78,7 +78,7 @@ def test_switches(passes, pools, masks):
 @pytest.mark.filterwarnings("ignore:The `use_auth_token` argument")
 @pytest.mark.parametrize(("positions", "length"), [(64, 100), (512, 700), (1024, 4096), (600, 500), (4096, 8192)])
 def test_conversion(positions, length, tmp_path):
-    """Positions, global tokens and their order; drawn ones are another's random numbers."""
+    """All tensors are equal, except global tokens with random positions: the random numbers differ."""
     from lsg_converter import LSGConverter
     from transformers import AutoTokenizer, BartConfig, BartForConditionalGeneration
 

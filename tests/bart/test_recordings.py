@@ -1,4 +1,4 @@
-"""Every recorded checkpoint gives what the original gave, however it was stored."""
+"""Every recorded checkpoint reproduces the original's outputs, in each format of storage."""
 
 import json
 
@@ -20,7 +20,7 @@ ATOL = 1e-4
 
 
 def load(cls, folder, **overrides):
-    """A model of which every tensor came from the folder, and every tensor of the folder was used."""
+    """Load a model and check that its tensors are exactly those of the folder."""
     model, info = cls.from_pretrained(folder, output_loading_info=True, **overrides)
     assert not any(info.values()), info
     return model.eval()
@@ -28,7 +28,7 @@ def load(cls, folder, **overrides):
 
 @torch.no_grad()
 def check(model, folder):
-    """Compare with the recording."""
+    """Compare the model's outputs with the recording."""
     inputs, results = recorded(folder)
     out = model(**inputs)
     keep = encoder_mask(model, inputs["attention_mask"])
@@ -40,15 +40,15 @@ def check(model, folder):
 
 @checkpoints
 @pytest.mark.parametrize("implementation", ["auto", "reference"])
-def test_outputs(folder, auto_class, model_class, implementation):
+def test_outputs_equal_the_recording(folder, auto_class, model_class, implementation):
     model = load(auto_class, folder, attention_implementation=implementation)
     assert type(model) is model_class
     check(model, folder)
 
 
 @checkpoints
-def test_old_directory_with_a_bin_file(folder, auto_class, model_class, tmp_path):
-    """Such files hold every name of a tied weight."""
+def test_bin_checkpoint_with_tied_weights(folder, auto_class, model_class, tmp_path):
+    """Old .bin files store a tied weight once under each of its names."""
     model = load(model_class, folder)
     assert "model.encoder.embed_tokens.weight" in model.state_dict()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
@@ -59,7 +59,7 @@ def test_old_directory_with_a_bin_file(folder, auto_class, model_class, tmp_path
 
 
 @checkpoints
-def test_round_trip(folder, auto_class, model_class, tmp_path):
+def test_a_saved_checkpoint_loads_again(folder, auto_class, model_class, tmp_path):
     model = load(model_class, folder)
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -75,7 +75,7 @@ def test_round_trip(folder, auto_class, model_class, tmp_path):
 
 @pytest.mark.parametrize("folder", SEQ2SEQ, ids=[folder.name for folder in SEQ2SEQ])
 @pytest.mark.parametrize(("name", "num_beams"), [("greedy", 1), ("beam4", 4)])
-def test_generated_ids(folder, name, num_beams):
+def test_generated_ids_equal_the_recording(folder, name, num_beams):
     inputs, results = recorded(folder)
     inputs.pop("decoder_input_ids")
     out = load(LSGBartForConditionalGeneration, folder).generate(**inputs, num_beams=num_beams, **GENERATE)
@@ -84,8 +84,8 @@ def test_generated_ids(folder, name, num_beams):
 
 @checkpoints
 @torch.no_grad()
-def test_padding_does_not_matter(folder, auto_class, model_class):
-    """A batch padded for a longer neighbour, with anything in its padding, gives what was recorded."""
+def test_more_padding_changes_nothing(folder, auto_class, model_class):
+    """Padding with random ids at the end does not change the recorded logits."""
     inputs, results = recorded(folder)
     batch = len(inputs["input_ids"])
     garbage = torch.randint(5, 500, (batch, 37))

@@ -1,4 +1,4 @@
-"""Training: gradients with and without checkpointing, a compiled encoder, dropout, transformers' Trainer."""
+"""Training: gradient checkpointing, a compiled encoder, dropout, mixed precision, transformers' Trainer."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from lsg_attn.testing import TOLERANCES, relative_rms
 
 
 def tiny(**keys):
-    """A small random model in training mode, without dropout unless told, and a batch for it."""
+    """A small random model in training mode, by default without dropout, and a batch for it."""
     torch.manual_seed(0)
     model = LSGBartForConditionalGeneration(LSGBartConfig(**{**TINY, "dropout": 0.0, **keys})).train()
     ids = torch.randint(4, 99, (2, 101))
@@ -30,8 +30,8 @@ def gradients(model, batch):
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_.*able` is deprecated")
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing(use_reentrant):
-    """The same gradients, dropout's bits included, and each layer of the encoder runs twice."""
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant):
+    """Dropout draws the same bits again. Each layer of the encoder runs twice."""
     model, batch = tiny(dropout=0.1, attention_dropout=0.1)
     torch.manual_seed(1)
     loss, expected = gradients(model, batch)
@@ -44,7 +44,7 @@ def test_gradient_checkpointing(use_reentrant):
     assert len(calls) == 2 * model.config.encoder_layers
     assert torch.equal(loss, again)
     assert got.keys() == expected.keys()
-    names = [name for name in got if not name.endswith("k_proj.bias")]  # theirs are 0 but for rounding
+    names = [name for name in got if not name.endswith("k_proj.bias")]  # its gradient is only rounding error
     assert all(relative_rms(got[name], expected[name]) < TOLERANCES[torch.float32] for name in names)
     model.gradient_checkpointing_disable()
     calls.clear()
@@ -52,8 +52,8 @@ def test_gradient_checkpointing(use_reentrant):
     assert len(calls) == model.config.encoder_layers
 
 
-def test_compiled_encoder():
-    """One graph, forward and backward, also for another length without compiling again."""
+def test_compiled_encoder_is_one_graph_and_equals_eager():
+    """Its states and the gradient of its global embeddings agree at two lengths."""
     model, batch = tiny()
     encoder = model.get_encoder()
     compiled = torch.compile(encoder, fullgraph=True, dynamic=True)
@@ -69,8 +69,8 @@ def test_compiled_encoder():
             assert relative_rms(got, expected) < 1e-5
 
 
-def test_dropouts():
-    """Each one changes the states in training, none in evaluation; LayerDrop leaves layers out."""
+def test_dropout_applies_in_training_only():
+    """Each dropout changes the states in training and none does in evaluation. LayerDrop skips layers."""
     _, batch = tiny()
     ids = batch["input_ids"]
     for key in ("dropout", "attention_dropout", "activation_dropout"):
@@ -84,7 +84,7 @@ def test_dropouts():
     assert torch.equal(states[0], states[-1])
 
 
-def test_mixed_precision():
+def test_mixed_precision_gradients():
     model, batch = tiny()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, got = gradients(model, batch)
@@ -96,7 +96,7 @@ def test_mixed_precision():
 
 
 class Batches(torch.utils.data.Dataset):
-    """The recorded documents, labelled by their number."""
+    """The recorded documents, each labelled with its index."""
 
     def __init__(self):
         self.inputs = recorded(CLASSIFY).inputs
@@ -108,8 +108,8 @@ class Batches(torch.utils.data.Dataset):
         return {**{name: x[index] for name, x in self.inputs.items()}, "labels": torch.tensor(index)}
 
 
-def test_trainer(tmp_path):
-    """A classifier learns two documents by heart, and what the Trainer saved says the same."""
+def test_trainer_learns_and_saves(tmp_path):
+    """A classifier memorizes two documents. The saved model gives the same logits."""
     model = LSGBartForSequenceClassification.from_pretrained(CLASSIFY)
     arguments = TrainingArguments(
         output_dir=str(tmp_path),

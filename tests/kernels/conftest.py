@@ -1,11 +1,11 @@
-"""The kernel tests need a GPU: a real one with `pytest`, or none with `python -m ttsem.sanitize pytest`."""
+"""The kernel tests run on a GPU with `pytest`, and without one with `python -m ttsem.sanitize pytest`."""
 
 import pytest
 import torch
 from triton import knobs
 
 ON_A_GPU = torch.cuda.is_available()
-IS_REAL = bool(torch.version.cuda or torch.version.hip)  # else ttsem says that there is one
+IS_REAL = bool(torch.version.cuda or torch.version.hip)  # otherwise ttsem stands in for a GPU
 
 
 def pytest_collection_modifyitems(items):
@@ -18,13 +18,13 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _stop_compiling_at_what_runs(monkeypatch):
-    """ttsem executes Triton's own IR, the first stage: the others take most of the time, for what no test sees."""
+    """ttsem executes Triton IR, the first stage. The other stages take most of the time and affect no test."""
     if ON_A_GPU and not IS_REAL:
         monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", _first_stage_only)
 
 
 def _first_stage_only(*arguments):
-    """Triton's hook: without arguments the name of what it does, for the cache; else it may change the stages."""
+    """Triton's hook. Without arguments it returns a cache key, else it may change the stages."""
     if not arguments:
         return "ttir only", "ttir only"
     _, stages, *_ = arguments
