@@ -160,6 +160,15 @@ def test_readme_is_short():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 120
 
 
+def test_readme_and_pattern_page_describe_types_alike():
+    rows = [
+        re.findall(r"^\| `(\w+)` \|(.*)$", page.read_text(), re.MULTILINE) for page in (README, DOCS / "pattern.md")
+    ]
+    readme, page = ([row for row in each if row[0] in lsg_attn.SPARSITY_TYPES] for each in rows)
+    assert [name for name, _ in readme] == list(lsg_attn.SPARSITY_TYPES)
+    assert readme == page
+
+
 def prose(page):
     return FENCE.sub("", page.read_text(encoding="utf-8"))
 
