@@ -78,6 +78,7 @@ setup(
         "bart": [PACKAGING, TRANSFORMERS],
         "plot": [MATPLOTLIB],
         "triton": [TRITON],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "bench": ["lsg-converter==0.1.9", MATPLOTLIB, "numpy>=1.24", TRANSFORMERS],
         "dev": [
             "accelerate>=0.33",
