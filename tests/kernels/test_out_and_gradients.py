@@ -372,7 +372,9 @@ def test_losses_of_training_equal_the_references(sparsity_type):
 
 def train(pattern, implementation):
     """The losses of a layer that learns to copy its input, shifted by 40 tokens."""
-    torch.manual_seed(0)
+    # A seed without near-ties of norms: weights changed by 1e-7 change no loss by more than 1e-6. With seed 0 they
+    # change what norm chooses, and losses by 4e-3.
+    torch.manual_seed(1)
     layer = LSGAttention(32, 2, pattern, implementation=implementation).to(DEVICE)
     hidden = torch.randn(2, 2 + 75, 32).to(DEVICE)
     mask = torch.ones(2, 2 + 75, dtype=torch.bool, device=DEVICE)
