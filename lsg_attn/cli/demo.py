@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from ..call import Call
 from ..compression import Tokens, compress, lsh_directions
-from ..functional import lsg_attention
 from ..layer import LSGAttention
 from ..pattern import SPARSITY_TYPES, LSGPattern
-from ..reference import visible_slots, visible_tokens
+from ..reference import reference_attention, visible_slots, visible_tokens
 from ..testing import relative_rms
 from .document import read_document
 from .measure import measure
@@ -182,18 +182,16 @@ def check_last_layer(stack: EncoderStack, hidden: Tensor) -> Check:
     for hook in hooks:
         hook.remove()
     query, key, value = (x[:, :CHECKED_HEADS].double() for x in layer.project(seen["hidden"]))
-    projections: tuple[Tensor, ...] | None = None
+    projections: tuple[Tensor, ...] = ()
     if pattern.rule.is_hashed:  # those that the layer drew for these heads
         directions = lsh_directions(pattern, SIZE.heads, SIZE.head_dim)
         projections = tuple(direction[:CHECKED_HEADS] for direction in directions)
     length, first, scale = hidden.shape[1], pattern.num_global_tokens, SIZE.head_dim**-0.5
     keep = torch.ones(1, length, dtype=torch.bool)
-    expected = lsg_attention(
-        query, key, value, pattern, implementation="reference", scale=scale, lsh_projections=projections
-    )  # fmt: skip
+    expected = reference_attention(Call(query, key, value, None, None, projections, 0.0, scale, pattern))
     got = seen["out"].unflatten(-1, (SIZE.heads, -1)).transpose(1, 2)[:, :CHECKED_HEADS]
 
-    tokens = Tokens(query[:, :, first:], key[:, :, first:], keep[:, first:], scale, projections)
+    tokens = Tokens(query[:, :, first:], key[:, :, first:], keep[:, first:], scale, projections or None)
     keys = visible_tokens(pattern, length).sum().item()
     if (compression := compress(pattern, tokens)) is not None:  # clusters of lsh can be empty
         keys += (visible_slots(pattern, length).sum(0) * compression.keep[0]).sum().item() / CHECKED_HEADS
