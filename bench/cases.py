@@ -1,4 +1,4 @@
-"""What is measured: a case is a step of one shape on one device, a section the cases of a table, a plan a run's."""
+"""What a run measures: a case is one step on one shape and device, a section fills a table, a plan lists sections."""
 
 from __future__ import annotations
 
@@ -9,52 +9,36 @@ from typing import Any
 import torch
 
 from lsg_attn import SPARSITY_TYPES, LSGPattern
+from lsg_attn.cli.sizes import BART_SIZES, Size
 
 FORWARD, BACKWARD, TRAIN = "forward", "forward+backward", "train"
-OURS = ("lsg triton", "lsg torch")  # the first that can run a case stands for us
+OURS = ("lsg triton", "lsg torch")  # ratios are to the first of these that can run a case
 OWN = (*OURS, "lsg reference")
-PATTERNS = (*OURS, "original")  # whose code a type or a pattern changes
-SEQ2SEQ = (*OURS, "original", "dense", "led", "bigbird_pegasus")  # whose encoders are of BART's kind
+# Groups of peers: a section that names one measures only the peers that are in it.
+SEQ2SEQ = "seq2seq"  # encoders of BART's kind
+TYPES_FORWARD, PATTERNS = "types, forward", "patterns"  # attentions whose cost depends on the pattern
 PATTERN = LSGPattern()
-
-
-@dataclass(frozen=True)
-class Size:
-    """An encoder's size."""
-
-    width: int
-    layers: int
-    heads: int
-    feed_forward: int
-
-    @property
-    def head_dim(self) -> int:
-        """Of one head."""
-        return self.width // self.heads
-
-
-def ours_of(peers: Container[str]) -> str | None:
-    """Which of our implementations stands for us among these peers."""
-    return next((name for name in OURS if name in peers), None)
-
-
 SIZES = {
-    "layer": Size(768, 1, 12, 3072),
-    "base": Size(768, 6, 12, 3072),  # BART (arXiv 1910.13461)
-    "large": Size(1024, 12, 16, 4096),
-    "roberta": Size(768, 12, 12, 3072),  # of the train step in lsg-converter's README
-    # for checks and dry runs: heads like those of the others, so that a check compiles what is measured then
+    **BART_SIZES,
+    "layer": replace(BART_SIZES["base"], layers=1),
+    "roberta": replace(BART_SIZES["base"], layers=12),  # the train step in lsg-converter's README
+    # for checks and dry runs, with head_dim 64 like the others: a check then compiles the kernels that are timed
     "tiny": Size(1024, 1, 16, 64),
 }
 
 
+def ours_of(peers: Container[str]) -> str | None:
+    """The one of our implementations that the others' ratios refer to, if these peers include any."""
+    return next((name for name in OURS if name in peers), None)
+
+
 @dataclass(frozen=True)
 class TimedCase:
-    """One shape.
+    """One step on one shape and device.
 
-    ``level``: ``"attention"``, on queries, keys and values of ``size``'s heads, or ``"encoder"``, on ``batch``
-    documents of ``tokens`` tokens; ``step``: ``"forward"`` without gradients, ``"forward+backward"`` without dropout or
-    ``"train"``, with dropout, a loss and an optimizer.
+    ``level``: ``"attention"``, on queries, keys and values with ``size``'s heads, or ``"encoder"``, on ``batch``
+    documents of ``tokens`` tokens. ``step``: ``"forward"``, without gradients; ``"forward+backward"``, without dropout;
+    or ``"train"``, with dropout, a loss and an optimizer.
     """
 
     level: str
@@ -68,56 +52,56 @@ class TimedCase:
 
     @property
     def size(self) -> Size:
-        """The encoder's size, or that whose heads the attention has."""
+        """The size of the encoder; an attention has its heads."""
         return SIZES[self.size_name]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of inputs and weights."""
+        """The dtype of inputs and weights."""
         dtype: torch.dtype = getattr(torch, self.dtype_name)
         return dtype
 
     @property
     def length(self) -> int:
-        """G+T, positions that LSG attention works on."""
+        """G+T, the number of positions in LSG attention."""
         return self.pattern.num_global_tokens + self.tokens
 
     def describe(self) -> dict[str, Any]:
-        """As a record has it."""
+        """The case as a record holds it."""
         return asdict(self)
 
     @staticmethod
     def from_record(record: dict[str, Any]) -> TimedCase:
-        """What :meth:`describe` described."""
+        """The case that :meth:`describe` gave."""
         return TimedCase(**{**record, "pattern": LSGPattern(**record["pattern"])})
 
 
 @dataclass(frozen=True)
 class Section:
-    """Cases of one table.
+    """The cases of one table.
 
-    ``compares``: ``"peers"``, or what its cases, or it and others, differ in; ``peers``: whose figures it has, or all
-    of the level; ``seconds``: how long to repeat each case, at least ``least`` times; ``memory``: the lengths whose
-    peak is measured too.
+    ``compares``: ``"peers"``, or what else differs between its cases or between it and another section. ``group``: the
+    group of peers that it measures; by default all peers of its level. ``seconds``: how long to repeat each case, at
+    least ``least`` times. ``memory``: the lengths at which peak memory is measured too.
     """
 
     title: str
     cases: tuple[TimedCase, ...]
     compares: str = "peers"
-    peers: tuple[str, ...] = ()
+    group: str = ""
     seconds: float = 10.0
     least: int = 3
     memory: tuple[int, ...] = ()
 
     @property
     def keeps_memory(self) -> bool:
-        """Whether, on a CPU, it is measured with an allocator that keeps what is freed."""
+        """Whether it is measured, on a CPU, with an allocator that keeps freed memory."""
         return self.compares == "allocators"
 
 
 @dataclass(frozen=True)
 class _Device:
-    """What differs between plans: dtypes, lengths where there are several, the train step's size, seconds."""
+    """What differs between the plans for devices."""
 
     dtype_name: str
     other_dtypes: tuple[str, ...]
@@ -135,7 +119,7 @@ _DEVICES = {
         (1024, 2048, 4096, 8192, 16384),
         (1024, 2048, 4096, 8192),
         (1024, 2048, 4096, 16384),
-        "layer",  # more would take minutes a step
+        "layer",  # a step of more layers takes minutes
         8.0,
     ),
     "cuda": _Device(
@@ -148,7 +132,7 @@ _DEVICES = {
         1.0,
     ),
 }
-# besides the default pattern, those of the train step in lsg-converter's README
+# the patterns of the train step in lsg-converter's README, besides the default
 _TRAIN_PATTERNS = (
     LSGPattern(block_size=256, sparse_block_size=0, sparsity_type="none"),
     LSGPattern(block_size=32, sparse_block_size=32),
@@ -156,7 +140,7 @@ _TRAIN_PATTERNS = (
 
 
 def plan(device: str, quick: bool) -> list[Section]:
-    """The sections of a run on ``"cpu"`` or ``"cuda"``, the most telling first."""
+    """The sections of a run on ``"cpu"`` or ``"cuda"``, the most informative first."""
     what = _DEVICES[device]
     attention = TimedCase("attention", "large", 4096, dtype_name=what.dtype_name, device=device)
     encoder = replace(attention, level="encoder", size_name="base")
@@ -169,7 +153,7 @@ def plan(device: str, quick: bool) -> list[Section]:
         return [
             Section(names[0], (attention,), memory=(4096,), **few),
             Section(names[1], (backward,), memory=(4096,), **few),
-            Section(names[2], _over(encoder, (2048,)), peers=SEQ2SEQ, memory=(2048,), **few),
+            Section(names[2], _over(encoder, (2048,)), group=SEQ2SEQ, memory=(2048,), **few),
             Section(names[3], (one,), **few),
         ]
     every = what.lengths
@@ -180,12 +164,12 @@ def plan(device: str, quick: bool) -> list[Section]:
     sections = [
         Section(names[0], _over(attention, every), memory=ends, least=5, **times),
         Section(names[1], _over(backward, what.backward_lengths), memory=ends, least=5, **times),
-        Section(names[2], _over(encoder, what.encoder_lengths), peers=SEQ2SEQ, memory=ends, **times),
+        Section(names[2], _over(encoder, what.encoder_lengths), group=SEQ2SEQ, memory=ends, **times),
         Section(names[3], (train,), memory=middle, least=2, **times),
         Section(f"one encoder layer, {FORWARD}", (layer,), memory=middle, **times),
         Section(f"one encoder layer, {BACKWARD}", (replace(layer, step=BACKWARD),), **times),
-        Section(f"encoder of BART-large's size, {FORWARD}", (large,), peers=SEQ2SEQ, least=2, **times),
-        Section(f"sparsity types, {FORWARD}", _with(attention, types), "types", (*PATTERNS, "flex"), **times),
+        Section(f"encoder of BART-large's size, {FORWARD}", (large,), group=SEQ2SEQ, least=2, **times),
+        Section(f"sparsity types, {FORWARD}", _with(attention, types), "types", TYPES_FORWARD, **times),
         Section(f"sparsity types, {BACKWARD}", _with(backward, types), "types", PATTERNS, **times),
     ]
     if device == "cpu":
@@ -211,7 +195,7 @@ def _with(case: TimedCase, patterns: Sequence[LSGPattern]) -> tuple[TimedCase, .
 
 
 def shrink(sections: list[Section]) -> list[Section]:
-    """The same sections on the CPU with tiny shapes, each different case once: a plan can be tried without its GPU."""
+    """The same sections with tiny shapes on the CPU and no case twice: a dry run tries a GPU's plan without a GPU."""
     few: dict[str, Any] = {"seconds": 0.0, "least": 1, "memory": ()}
     return [
         replace(section, cases=tuple(dict.fromkeys(_tiny(case) for case in section.cases)), **few)
@@ -223,5 +207,5 @@ def _tiny(case: TimedCase) -> TimedCase:
     pattern = case.pattern
     sparse = min(pattern.sparse_block_size, 16)
     small = replace(pattern, block_size=16, sparse_block_size=sparse)
-    tokens = 1024  # more than BigBird's blocks need, and a multiple of Longformer's window
+    tokens = 1024  # enough for BigBird's sparse attention, and a multiple of Longformer's window
     return replace(case, size_name="tiny", tokens=tokens, batch=min(case.batch, 2), pattern=small, device="cpu")

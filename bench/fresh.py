@@ -1,4 +1,4 @@
-"""Calls in a process of their own: no heap of an earlier case, whose holes would slow down whoever allocates most."""
+"""Calls in a process of their own: holes in the heap of earlier cases would slow down peers that allocate much."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from typing import Any, TypeVar
 
 import torch
 
+from bench import peers
+
 _Result = TypeVar("_Result")
-# What a child needs and has not run yet; where transformers is not installed its modules are passed over.
-_MODELS = ("bart", "bigbird_pegasus", "big_bird", "led", "longformer")
-_PRELOADED = ["bench.measure", "lsg_attn.bart", *(f"transformers.models.{x}.modeling_{x}" for x in _MODELS)]
 
 
 def call(function: Callable[..., _Result], *arguments: Any) -> _Result:
-    """The result of a function of a module, called with arguments that can be pickled, with as many threads as here.
+    """Call a module's function with arguments that can be pickled, in a process with as many threads as this one.
 
     Raises:
-        concurrent.futures.process.BrokenProcessPool: the process was killed, as where memory runs out.
+        concurrent.futures.process.BrokenProcessPool: the process was killed, for example because memory ran out.
         Exception: what the function raises.
     """
     with ProcessPoolExecutor(1, mp_context=_context()) as pool:
@@ -30,16 +29,16 @@ def call(function: Callable[..., _Result], *arguments: Any) -> _Result:
 
 
 class Worker:
-    """One process for call after call, as on a GPU, where to begin takes seconds; :meth:`stop` is for a fresh one.
+    """One process for many calls, for a GPU, where a start takes seconds; after :meth:`stop` the next call has another.
 
-    It is spawned: a fork of a process that has asked how many GPUs there are, as imports do, can not use them.
+    It is spawned: imports ask for the number of GPUs, and a fork of a process that has asked cannot use them.
     """
 
     def __init__(self) -> None:
         self._pool: ProcessPoolExecutor | None = None
 
     def call(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
-        """As :func:`call`; after a process was killed the next call has another."""
+        """As :func:`call`. If the process is killed, the next call has another."""
         if self._pool is None:
             self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
         try:
@@ -62,8 +61,8 @@ def _call(threads: int, function: Callable[..., _Result], arguments: tuple[Any, 
 
 @lru_cache(maxsize=1)
 def _context() -> BaseContext:
-    """Children of a process that has imported what they need, and computed nothing."""
+    """Fork children from a process that has imported what they need and has computed nothing."""
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+    context.set_forkserver_preload(["bench.measure", *peers.PRELOAD])  # modules that are not installed are skipped
     result: BaseContext = context
     return result

@@ -51,7 +51,7 @@ def measure(section: Section, case: TimedCase, names: Sequence[str], verdicts: V
     able: list[str] = []
     entries: dict[str, _Entry] = {}
     for peer in asked(section, case, names):
-        entry: _Entry | str | None = peer.obstacle(case)
+        entry: _Entry | str | None = peer.unsupported_reason(case)
         if entry is None:
             able.append(peer.name)
             entry = _disagreement(peer, case, result) or _prepare(peer, case, clock, result)
@@ -75,9 +75,9 @@ def measure(section: Section, case: TimedCase, names: Sequence[str], verdicts: V
 
 
 def asked(section: Section, case: TimedCase, names: Sequence[str]) -> list[Peer]:
-    """The peers of these names that a section has figures of."""
+    """The peers of these names that a section measures."""
     level = peers.of_level(case.level)
-    return [peer for peer in level if peer.name in names and (not section.peers or peer.name in section.peers)]
+    return [peer for peer in level if peer.name in names and (not section.group or section.group in peer.groups)]
 
 
 def all_skipped(section: Section, case: TimedCase, names: Sequence[str], reason: str) -> Result:

@@ -7,23 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import peers
 from bench.cases import OURS
 from bench.measure import BOUND
 from bench.record import Run, read
 
-_COLORS = {
-    "lsg triton": "#d62728",
-    "lsg torch": "#e377c2",
-    "lsg reference": "#c5b0d5",
-    "original": "#8c564b",
-    "flex": "#9467bd",
-    "dense": "#1f77b4",
-    "longformer": "#2ca02c",
-    "led": "#98df8a",
-    "bigbird": "#ff7f0e",
-    "bigbird_pegasus": "#bcbd22",
-    BOUND: "#7f7f7f",
-}
+_COLORS = {**peers.COLORS, BOUND: "#7f7f7f"}
 Figure = dict[str, Any]
 
 

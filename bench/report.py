@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import peers
 from bench.cases import OURS, OWN, TimedCase, ours_of, plan
 from bench.measure import BOUND
 from bench.record import Run, read
@@ -16,19 +17,7 @@ _ROOT = Path(__file__).parent.parent
 README, PAGE = _ROOT / "README.md", _ROOT / "docs/performance.md"
 _RESULTS, _PLOTS = _ROOT / "bench/results", _ROOT / "docs/performance"
 _BEGIN, _END = "<!-- begin: python -m bench.report -->\n", "<!-- end: python -m bench.report -->\n"
-_WHO = {
-    "lsg torch": "ours, PyTorch",
-    "lsg triton": "ours, Triton",
-    "lsg reference": "ours, the dense reference",
-    "original": "the original",
-    "flex": "FlexAttention, same mask",
-    "dense": "dense attention",
-    "longformer": "Longformer",
-    "led": "LED",
-    "bigbird": "BigBird",
-    "bigbird_pegasus": "BigBirdPegasus",
-    BOUND: "matmul bound",
-}
+_WHO = {**peers.LABELS, BOUND: "matmul bound"}
 _HEADS = {"types": "Sparsity types", "patterns": "Train step with other patterns", "dtypes": "Dtypes"}
 _PICTURES = {
     "ratios": "Time relative to ours, by peer",

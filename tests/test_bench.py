@@ -2,6 +2,7 @@
 
 import ast
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import cases, fresh, peers
 from bench.cases import BACKWARD, FORWARD, TRAIN, Section, TimedCase
 from bench.flops import flops, matmul_bound, num_scores
-from bench.measure import measure
+from bench.measure import asked, measure
 from bench.record import Writer, read
 from bench.subject import DisagreementError, check, make_step, make_subject
 from bench.timing import Clock, interleave, ratio, spread
@@ -27,6 +28,26 @@ ENCODER = TimedCase("encoder", "tiny", 1024, pattern=TINY)
 def peer_of(level, name):
     (peer,) = (peer for peer in peers.of_level(level) if peer.name == name)
     return peer
+
+
+def test_adapters_of_one_name_look_alike_and_different_peers_do_not():
+    looks = {(peer.name, peer.label, peer.color) for peer in (*peers.ATTENTION, *peers.ENCODERS)}
+    for names in zip(*looks, strict=True):  # names, labels, colors
+        assert len(set(names)) == len(looks) == len(peers.NAMES)
+
+
+def test_preloaded_modules_exist():
+    assert "transformers.models.led.modeling_led" in peers.PRELOAD
+    assert all(find_spec(module) for module in peers.PRELOAD)
+
+
+def test_groups_of_peers_are_those_that_sections_ask_for():
+    groups = {group for peer in (*peers.ATTENTION, *peers.ENCODERS) for group in peer.groups}
+    sections = [section for device in ("cpu", "cuda") for section in cases.plan(device, quick=False)]
+    assert groups == {section.group for section in sections} - {""}
+    (encoders,) = (x for x in cases.plan("cpu", quick=True) if x.group == cases.SEQ2SEQ)
+    names = [peer.name for peer in asked(encoders, encoders.cases[0], peers.NAMES)]
+    assert names == ["lsg triton", "lsg torch", "original", "dense", "led", "bigbird_pegasus"]
 
 
 @pytest.mark.parametrize("name", ["lsg torch", "original"])

@@ -1,4 +1,4 @@
-"""All that is measured, each behind one small adapter: `ATTENTION` takes queries, keys and values, `ENCODERS` ids."""
+"""All peers, each behind one small adapter: `ATTENTION` takes queries, keys and values, `ENCODERS` take token ids."""
 
 from bench.peers.base import AttentionPeer, EncoderPeer
 from bench.peers.bigbird import BigBirdEncoder, BigBirdPegasusEncoder
@@ -27,7 +27,11 @@ ENCODERS: tuple[EncoderPeer, ...] = (
     BigBirdEncoder(),
     BigBirdPegasusEncoder(),
 )
-NAMES = tuple(dict.fromkeys(peer.name for peer in (*ATTENTION, *ENCODERS)))
+_ALL = (*ATTENTION, *ENCODERS)
+LABELS = {peer.name: peer.label for peer in _ALL}
+COLORS = {peer.name: peer.color for peer in _ALL}
+NAMES = tuple(LABELS)
+PRELOAD = tuple(dict.fromkeys(module for peer in _ALL for module in peer.preload))
 
 
 def of_level(level: str) -> tuple[AttentionPeer, ...] | tuple[EncoderPeer, ...]:

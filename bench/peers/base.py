@@ -1,4 +1,4 @@
-"""What an adapter says: whether its peer can run a case, how, and what it must give."""
+"""The interface of a peer's adapter: its name and look, what it can run, how, and the result it must give."""
 
 from __future__ import annotations
 
@@ -12,35 +12,43 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bench.cases import Size, TimedCase
+from bench.cases import TimedCase
+from lsg_attn.cli.sizes import Size
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-CHECK_SEED = 0  # torch's seed when a peer is checked: the original draws its hashes' directions from there
-# Few, as embeddings are looked up, and in a train step their gradient would count for nothing but their number.
+CHECK_SEED = 0  # of torch when a peer is checked: the original draws the directions of its hashes from it
+# Small: embeddings are only looked up, and in a train step the time of their gradient grows with their number.
 VOCABULARY = 1000
 
 
 class Adapter(ABC):
-    """Something that is measured. ``is_lsg``: whether what it computes depends on the pattern."""
+    """A peer: something to measure.
 
-    name: str
-    is_lsg = False
+    The adapters of one name, at different levels, have one label and one color.
+    """
 
-    def obstacle(self, case: TimedCase) -> str | None:
-        """Why it can not run a case, or None."""
+    name: str  # in records, tables and options
+    label: str  # in the report
+    color: str  # in pictures
+    preload: tuple[str, ...] = ()  # modules to import before the processes that measure it are forked
+    groups: tuple[str, ...] = ()  # see bench.cases
+    is_lsg = False  # whether its result depends on the pattern
+
+    def unsupported_reason(self, case: TimedCase) -> str | None:
+        """Why it cannot run a case, or None."""
         return None
 
     def checked_dtype(self, case: TimedCase) -> str:
-        """The dtype in which it has to give what it must give."""
+        """The dtype in which its result is checked."""
         return case.dtype_name
 
     @abstractmethod
     def scores(self, case: TimedCase) -> int:
-        """Pairs of query and key that one head computes."""
+        """The number of pairs of query and key that one head computes."""
 
     @abstractmethod
     def expected(self, case: TimedCase, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """What its attention must give on float64 (batch, heads, length, head_dim) on the CPU: shaped so, float64."""
+        """The result that its attention must give; all (batch, heads, length, head_dim), float64, on the CPU."""
 
 
 class AttentionPeer(Adapter):
@@ -48,9 +56,9 @@ class AttentionPeer(Adapter):
 
     @abstractmethod
     def prepare(self, case: TimedCase) -> Attend:
-        """Make what is made once for a shape, masks included; the result takes and gives the shape above.
+        """Make what is made once per shape, masks included, and return a function of query, key and value.
 
-        The output's length may be less, where there is no global position.
+        The function's result has the shape of its inputs, or is shorter if the peer leaves out the global positions.
         """
 
 
@@ -66,28 +74,28 @@ class Parts(NamedTuple):
 class EncoderPeer(Adapter):
     """An encoder with random weights."""
 
-    def obstacle(self, case: TimedCase) -> str | None:
-        """Why it can not run a case, or None."""
+    def unsupported_reason(self, case: TimedCase) -> str | None:
+        """Why it cannot run a case, or None."""
         return missing_transformers()
 
     @abstractmethod
     def build(self, case: TimedCase) -> nn.Module:
-        """The model, whose result on its inputs has the states in ``last_hidden_state``."""
+        """A new model. Its result has the hidden states (batch, length, width) in ``last_hidden_state``."""
 
     def inputs(self, ids: Tensor) -> dict[str, Tensor]:
-        """What the model is called with to read ids (batch, T)."""
+        """The model's arguments to read ids (batch, T)."""
         return {"input_ids": ids}
 
     @abstractmethod
     def parts(self, model: Any) -> Parts:
-        """Where its first layer's attention begins and ends."""
+        """The linear layers where the attention of the first layer begins and ends."""
 
 
 Peer = AttentionPeer | EncoderPeer
 
 
 def bart_sizes(size: Size) -> dict[str, Any]:
-    """The configuration of an encoder of BART's kind."""
+    """A size as the configuration of an encoder of BART's kind."""
     return {
         "vocab_size": VOCABULARY,
         "d_model": size.width,
@@ -98,7 +106,7 @@ def bart_sizes(size: Size) -> dict[str, Any]:
 
 
 def bert_sizes(size: Size) -> dict[str, Any]:
-    """The configuration of an encoder of BERT's kind."""
+    """A size as the configuration of an encoder of BERT's kind."""
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": size.width,
@@ -109,23 +117,34 @@ def bert_sizes(size: Size) -> dict[str, Any]:
 
 
 def bart_parts(attention: Any) -> Parts:
-    """The linear layers of an attention with BART's names."""
+    """The linear layers of an attention of BART's kind."""
     return Parts(attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj)
 
 
+def bert_parts(model: Any) -> Parts:
+    """The linear layers of the first attention of an encoder of BERT's kind."""
+    attention = model.encoder.layer[0].attention
+    return Parts(attention.self.query, attention.self.key, attention.self.value, attention.output.dense)
+
+
+def modeling_module(name: str) -> str:
+    """The module that holds a model of transformers."""
+    return f"transformers.models.{name}.modeling_{name}"
+
+
 def missing_transformers() -> str | None:
-    """Why no model of transformers can run, or None."""
+    """Why models of transformers cannot run, or None."""
     return None if find_spec("transformers") else "transformers is not installed"
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, count: Tensor) -> Tensor:
-    """Dense attention in which a query sees each key as often as ``count`` (queries, keys) says."""
+    """Dense attention in which a query sees each key ``count`` (queries, keys) times."""
     scores = query @ key.mT / math.sqrt(query.shape[-1]) + count.to(query.dtype).log()
     return scores.softmax(-1) @ value
 
 
-def pairs_obstacle(case: TimedCase, pairs: int, copies: int, limit: float, what: str) -> str | None:
-    """Why not to run what keeps ``copies`` numbers of each of so many pairs of a head: more than ``limit`` bytes."""
+def memory_reason(case: TimedCase, pairs: int, copies: int, limit: float, what: str) -> str | None:
+    """Why not to run a case that keeps ``copies`` numbers per pair of each head: more than ``limit`` bytes; or None."""
     need = pairs * copies * case.batch * case.size.heads * case.dtype.itemsize
     if need <= limit:
         return None
@@ -133,7 +152,7 @@ def pairs_obstacle(case: TimedCase, pairs: int, copies: int, limit: float, what:
 
 
 def total_memory(device: str) -> int:
-    """Bytes of the machine, or of the GPU."""
+    """The memory of the machine or of the GPU in bytes."""
     if device == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

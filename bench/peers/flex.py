@@ -1,8 +1,8 @@
 """PyTorch's FlexAttention, compiled, with the LSG pattern as its mask over [tokens, compressed, globals].
 
-Tokens come first, so that blocks of local keys are flex's own blocks, all full. The globals' queries, which see every
-token, go to dense attention: among flex's they would be one block that takes as long as hundreds of others. The
-compressed keys are made by this library's PyTorch code, compiled with it.
+Tokens come first, so that the pattern's blocks of local keys are flex's own blocks, all full. The global queries, which
+see every token, go to dense attention: in flex they would form one block that takes as long as hundreds of others. This
+library's PyTorch code makes the compressed keys and is compiled together with flex.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from bench.cases import FORWARD, TimedCase
+from bench.cases import FORWARD, TYPES_FORWARD, TimedCase
 from bench.peers.base import Attend, AttentionPeer
 from bench.peers.lsg import LSGPeer
 from lsg_attn.compression import Compression, Tokens, compress
 
 
 class FlexAttention(LSGPeer, AttentionPeer):
-    """``flex_attention`` and what goes in, under ``torch.compile``."""
+    """``flex_attention`` and the compression of its keys, under ``torch.compile``."""
 
-    name = "flex"
+    name, label, color = "flex", "FlexAttention, same mask", "#9467bd"
+    groups = (TYPES_FORWARD,)
 
-    def obstacle(self, case: TimedCase) -> str | None:
-        """What its mask does not say, and what PyTorch does not have."""
+    def unsupported_reason(self, case: TimedCase) -> str | None:
+        """Limits of the mask written here, and of PyTorch."""
         if case.pattern.is_dense(case.tokens) or case.tokens % case.pattern.block_size:
             return f"the mask is written for whole blocks of {case.pattern.block_size}, and more than two"
         if case.pattern.compression == "lsh":
@@ -35,14 +36,14 @@ class FlexAttention(LSGPeer, AttentionPeer):
         return None
 
     def prepare(self, case: TimedCase) -> Attend:
-        """Make the block mask, and what compiles at its first call."""
+        """Make the block mask, and a function that compiles at its first call."""
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         pattern, tokens = case.pattern, case.tokens
         slots, num_globals = pattern.num_slots(tokens), pattern.num_global_tokens
 
         def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            block: Any = query // pattern.block_size  # windows are arithmetic, of tensors as of numbers
+            block: Any = query // pattern.block_size  # the windows are arithmetic that works on tensors too
             slot = key - tokens
             local = _within(key, pattern.local_window(block))
             sparse = _any_within(slot, pattern.sparse_windows(block))
@@ -70,7 +71,7 @@ class FlexAttention(LSGPeer, AttentionPeer):
         compiled: Attend = torch.compile(of_tokens, dynamic=False)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            # sliced out here: what torch 2.13 compiles for a CPU reads such a slice from the tensor's beginning
+            # sliced outside: code that torch 2.13 compiles for a CPU reads such a slice from the tensor's beginning
             of_globals = scaled_dot_product_attention(query[:, :, first], key, value)
             return torch.cat([of_globals, compiled(query[:, :, rest], key, value)], dim=2)
 
@@ -78,7 +79,7 @@ class FlexAttention(LSGPeer, AttentionPeer):
 
 
 def _slots(compression: Compression | None, x: Tensor) -> list[Tensor]:
-    """The compressed rows, if any; whole blocks without padding leave no slot of a choice empty."""
+    """The compressed rows, if any. Whole blocks without padding leave no slot of a choice empty."""
     if compression is None:
         return []
     if compression.token is None:

@@ -1,4 +1,4 @@
-"""transformers' Longformer and LED: a sliding window (arXiv 2004.05150), here without global tokens, which cost."""
+"""transformers' Longformer and LED: a sliding window (arXiv 2004.05150), without global tokens, which cost time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases import TimedCase
+from bench.cases import SEQ2SEQ, TimedCase
 from bench.peers.base import (
     Adapter,
     Attend,
@@ -16,40 +16,45 @@ from bench.peers.base import (
     EncoderPeer,
     Parts,
     bart_sizes,
+    bert_parts,
     bert_sizes,
     masked_attention,
     missing_transformers,
+    modeling_module,
 )
 
-WINDOW = 512  # keys besides a token's own: of allenai/longformer-base-4096; LED's checkpoints have 1024
+WINDOW = 512  # keys besides the token's own, as in allenai/longformer-base-4096; LED's checkpoints have 1024
 
 
 class _SlidingWindow(Adapter):
     def scores(self, case: TimedCase) -> int:
-        """Those of the band, as it is multiplied: corners outside of it aside."""
+        """The pairs in the band; the corners outside it, which are multiplied too, do not count."""
         return case.tokens * (WINDOW + 1)
 
     def expected(self, case: TimedCase, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """A softmax over half a window on each side of each token; of the tokens after the globals."""
+        """A softmax over half a window on each side of a token; the globals are left out."""
         query, key, value = (x[:, :, -case.tokens :] for x in (query, key, value))
         position = torch.arange(case.tokens)
         near = (position[:, None] - position).abs() <= WINDOW // 2
         return masked_attention(query, key, value, near)
 
 
-class LongformerAttention(_SlidingWindow, AttentionPeer):
-    """Longformer's self-attention on the tokens after the globals, given its projections' results."""
+class _Longformer(_SlidingWindow):
+    name, label, color = "longformer", "Longformer", "#2ca02c"
+    preload = (modeling_module("longformer"),)
 
-    name = "longformer"
 
-    def obstacle(self, case: TimedCase) -> str | None:
-        """It needs transformers, and whole windows."""
+class LongformerAttention(_Longformer, AttentionPeer):
+    """Longformer's self-attention on the tokens after the globals, with its projections replaced by their results."""
+
+    def unsupported_reason(self, case: TimedCase) -> str | None:
+        """It needs transformers and whole windows."""
         if case.tokens % WINDOW:
             return f"{case.tokens} tokens are not whole windows of {WINDOW}"
         return missing_transformers()
 
     def prepare(self, case: TimedCase) -> Attend:
-        """Its module, with projections that give what they are given."""
+        """Its module, whose projections return queries, keys and values that are given."""
         from transformers.models.longformer.modeling_longformer import LongformerSelfAttention
 
         size = case.size
@@ -66,7 +71,7 @@ class LongformerAttention(_SlidingWindow, AttentionPeer):
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             # (batch, heads, G+T, head_dim) -> (batch, T, width)
             query, key, value = (x[:, :, -case.tokens :].transpose(1, 2).flatten(2) for x in (query, key, value))
-            # its inputs and projections' results are (T, batch, width), and the query is scaled in place
+            # its projections return (T, batch, width), and it scales the query in place
             layer.query, layer.key, layer.value = (_Given(x.transpose(0, 1)) for x in (query.clone(), key, value))
             context = layer(query, mask, is_index_masked=nothing, is_index_global_attn=nothing, is_global_attn=False)[0]
             out: Tensor = context.unflatten(-1, (size.heads, -1)).transpose(1, 2)
@@ -76,7 +81,7 @@ class LongformerAttention(_SlidingWindow, AttentionPeer):
 
 
 class _Given(nn.Module):
-    """A projection whose result is known."""
+    """A projection whose result is given."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
@@ -86,13 +91,11 @@ class _Given(nn.Module):
         return self._x
 
 
-class LongformerEncoder(_SlidingWindow, EncoderPeer):
+class LongformerEncoder(_Longformer, EncoderPeer):
     """``LongformerModel`` without its pooler."""
 
-    name = "longformer"
-
     def build(self, case: TimedCase) -> nn.Module:
-        """Of RoBERTa's kind: its positions begin at 2."""
+        """An encoder of RoBERTa's kind: its positions begin at 2."""
         from transformers import LongformerConfig, LongformerModel
 
         config = LongformerConfig(
@@ -105,18 +108,19 @@ class LongformerEncoder(_SlidingWindow, EncoderPeer):
         return model
 
     def parts(self, model: Any) -> Parts:
-        """Of its first layer; the projections for global tokens are not used."""
-        attention = model.encoder.layer[0].attention
-        return Parts(attention.self.query, attention.self.key, attention.self.value, attention.output.dense)
+        """The parts have BERT's names; the projections for global tokens are not used."""
+        return bert_parts(model)
 
 
 class LEDEncoder(_SlidingWindow, EncoderPeer):
     """The encoder of BART's kind with Longformer's attention."""
 
-    name = "led"
+    name, label, color = "led", "LED", "#98df8a"
+    preload = (modeling_module("led"),)
+    groups = (SEQ2SEQ,)
 
     def build(self, case: TimedCase) -> nn.Module:
-        """LED's encoder."""
+        """The encoder alone, with as many positions as there are tokens."""
         from transformers import LEDConfig
         from transformers.models.led.modeling_led import LEDEncoder as Encoder
 
@@ -129,7 +133,7 @@ class LEDEncoder(_SlidingWindow, EncoderPeer):
         return model
 
     def parts(self, model: Any) -> Parts:
-        """Of its first layer."""
+        """Its query, key and value layers are in a module of their own."""
         attention = model.layers[0].self_attn
         inner = attention.longformer_self_attn
         return Parts(inner.query, inner.key, inner.value, attention.output)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases import TimedCase
+from bench.cases import PATTERNS, SEQ2SEQ, TYPES_FORWARD, TimedCase
 from bench.flops import num_scores
 from bench.peers.base import (
     Adapter,
@@ -19,20 +19,26 @@ from bench.peers.base import (
     Parts,
     bart_parts,
     bart_sizes,
-    pairs_obstacle,
+    memory_reason,
 )
 from lsg_attn import lsg_attention
 from lsg_attn.call import Call
 from lsg_attn.fused.limits import unsupported_reasons
 
+_LOOKS = {  # label and color of each implementation
+    "triton": ("ours, Triton", "#d62728"),
+    "torch": ("ours, PyTorch", "#e377c2"),
+    "reference": ("ours, the dense reference", "#c5b0d5"),
+}
+
 
 class LSGPeer(Adapter):
-    """What computes LSG attention: it has to agree with the reference, and its scores are the pattern's."""
+    """A peer that computes LSG attention: it must agree with the reference, and its scores are the pattern's."""
 
     is_lsg = True
 
     def scores(self, case: TimedCase) -> int:
-        """Raw and compressed keys of all queries, padding aside."""
+        """The raw and compressed keys of all queries, without padding."""
         return num_scores(case.pattern, case.tokens)
 
     def expected(self, case: TimedCase, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -40,35 +46,43 @@ class LSGPeer(Adapter):
         return lsg_attention(query, key, value, case.pattern, implementation="reference")
 
 
-class LSGImplementation(LSGPeer, AttentionPeer):
-    """``lsg_attention`` by one of its implementations."""
-
+class _Ours(LSGPeer):
     def __init__(self, implementation: str) -> None:
         self.name, self._implementation = f"lsg {implementation}", implementation
+        self.label, self.color = _LOOKS[implementation]
 
-    def obstacle(self, case: TimedCase) -> str | None:
-        """Of the kernels: what ``implementation="triton"`` would raise; of the reference: memory."""
+
+class LSGImplementation(_Ours, AttentionPeer):
+    """``lsg_attention`` with one of its implementations."""
+
+    def __init__(self, implementation: str) -> None:
+        super().__init__(implementation)
+        if implementation != "reference":  # it is for checking, and slow
+            self.groups = (TYPES_FORWARD, PATTERNS)
+
+    def unsupported_reason(self, case: TimedCase) -> str | None:
+        """The kernels' reason is what ``implementation="triton"`` would raise; the reference's is memory."""
         if self._implementation == "reference":
             slots = case.pattern.num_slots(case.tokens)
             pairs = case.length * (case.length + slots)
-            # scores, mask, probabilities, and with a backward their gradients; it is for checking, and slow
-            return pairs_obstacle(case, pairs, 6, 2 << 30, "dense scores and probabilities")
-        return _obstacle(self._implementation, case)
+            # scores, mask, probabilities, and with a backward their gradients
+            return memory_reason(case, pairs, 6, 2 << 30, "dense scores and probabilities")
+        return _kernels_reason(self._implementation, case)
 
     def prepare(self, case: TimedCase) -> Attend:
-        """The function with its pattern."""
+        """The function with the case's pattern."""
         return partial(lsg_attention, pattern=case.pattern, implementation=self._implementation)
 
 
-class LSGEncoder(LSGPeer, EncoderPeer):
+class LSGEncoder(_Ours, EncoderPeer):
     """The encoder of ``lsg_attn.bart``."""
 
-    def __init__(self, implementation: str) -> None:
-        self.name, self._implementation = f"lsg {implementation}", implementation
+    preload = ("lsg_attn.bart",)
+    groups = (SEQ2SEQ, PATTERNS)
 
-    def obstacle(self, case: TimedCase) -> str | None:
-        """What the attention can not run."""
-        return super().obstacle(case) or _obstacle(self._implementation, case)
+    def unsupported_reason(self, case: TimedCase) -> str | None:
+        """It needs transformers, and its attention must be able to run."""
+        return super().unsupported_reason(case) or _kernels_reason(self._implementation, case)
 
     def build(self, case: TimedCase) -> nn.Module:
         """LSG-BART's encoder."""
@@ -76,13 +90,12 @@ class LSGEncoder(LSGPeer, EncoderPeer):
         return model
 
     def parts(self, model: Any) -> Parts:
-        """Of BART's names."""
-        attention = model.layers[0].self_attn
-        return bart_parts(attention)
+        """The parts have BART's names."""
+        return bart_parts(model.layers[0].self_attn)
 
 
 def lsg_encoder(case: TimedCase, implementation: str) -> Any:
-    """LSG-BART's encoder of a case's size and pattern."""
+    """LSG-BART's encoder with a case's size and pattern."""
     from lsg_attn.bart import LSGBartConfig
     from lsg_attn.bart.modeling import LSGBartEncoder
 
@@ -95,7 +108,8 @@ def lsg_encoder(case: TimedCase, implementation: str) -> Any:
     return LSGBartEncoder(config)
 
 
-def _obstacle(implementation: str, case: TimedCase) -> str | None:
+def _kernels_reason(implementation: str, case: TimedCase) -> str | None:
+    """Why the implementation cannot run a case because of the kernels' limits, or None."""
     if implementation != "triton":
         return None
     try:

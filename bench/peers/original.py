@@ -1,8 +1,8 @@
-"""The original (lsg-converter 0.1.9, eager PyTorch), its classes taken from the installed package, never copied here.
+"""The original (lsg-converter 0.1.9, eager PyTorch), run from the installed package.
 
-Its modules import names that today's transformers no longer has, so only the class definitions that the attention
-needs are executed. Its encoder layers are BART's around that attention; today's BART calls an attention in another way,
-so they are ours around it: the same parts, in the same order.
+Its modules import names that current versions of transformers do not have, so only the classes that the attention
+needs are executed. Its encoder puts that attention into BART's layers. BART now calls an attention in another way, so
+here the attention is in our layers, which have the same parts in the same order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases import TimedCase
+from bench.cases import PATTERNS, SEQ2SEQ, TYPES_FORWARD, TimedCase
 from bench.peers.base import CHECK_SEED, Attend, AttentionPeer, EncoderPeer, Parts, bart_parts
 from bench.peers.lsg import LSGPeer, lsg_encoder
 from lsg_attn import LSGPattern, lsg_attention
@@ -28,22 +28,22 @@ _CLASSES = ("BaseSelfAttention", "BaseAttentionProduct", "LSGAttentionProduct", 
 
 
 class _Original(LSGPeer):
-    name = "original"
+    name, label, color = "original", "the original", "#8c564b"
 
-    def obstacle(self, case: TimedCase) -> str | None:
-        """It must be installed, and takes whole blocks only."""
+    def unsupported_reason(self, case: TimedCase) -> str | None:
+        """It must be installed, and it needs whole blocks."""
         if importlib.util.find_spec("lsg_converter") is None:
             return "lsg-converter is not installed: pip install lsg-converter==0.1.9"
         if case.tokens % case.pattern.block_size:
             return f"{case.tokens} tokens are not whole blocks of {case.pattern.block_size}"
-        return super().obstacle(case)
+        return super().unsupported_reason(case)
 
     def checked_dtype(self, case: TimedCase) -> str:
-        """Not one of 16 bits: it ranks norms rounded to them, and so chooses other keys by the same arithmetic."""
+        """Never a 16-bit one: there it ranks rounded norms, and so it chooses other keys than the reference."""
         return "float32" if case.dtype.itemsize < 4 else case.dtype_name
 
     def expected(self, case: TimedCase, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The reference's output; of ``lsh`` with the directions that the original drew in float32, on its device."""
+        """The reference's output; for ``lsh`` with the directions that the original draws, in float32 on its device."""
         torch.manual_seed(CHECK_SEED)
         shape = 1, query.shape[1], 1, query.shape[3]
         drawn = [torch.randn(*shape, m // 2, device=case.device)[0, :, 0].cpu() for m in case.pattern.lsh_buckets]
@@ -53,10 +53,12 @@ class _Original(LSGPeer):
 class OriginalAttention(_Original, AttentionPeer):
     """Its attention after the projections."""
 
+    groups = (TYPES_FORWARD, PATTERNS)
+
     def prepare(self, case: TimedCase) -> Attend:
-        """``not_causal_forward`` of its layer, in evaluation."""
+        """``not_causal_forward`` of its layer in evaluation mode."""
         layer = original_layer(case.pattern, case.size.heads, case.size.head_dim).eval()
-        # It can not do without a mask; an all-zero one is what its encoder would pass.
+        # It needs a mask; without padding its encoder passes zeros.
         mask = torch.zeros(case.batch, 1, 1, case.tokens, dtype=case.dtype, device=case.device)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -70,8 +72,11 @@ class OriginalAttention(_Original, AttentionPeer):
 class OriginalEncoder(_Original, EncoderPeer):
     """Its attention in each layer of BART's encoder."""
 
+    preload = ("lsg_attn.bart",)
+    groups = (SEQ2SEQ, PATTERNS)
+
     def build(self, case: TimedCase) -> nn.Module:
-        """Our encoder, with each layer's attention replaced."""
+        """Our encoder with the attention of each layer replaced."""
         encoder = lsg_encoder(case, "auto")
         for layer in encoder.layers:
             layer.self_attn = _InLayer(layer.self_attn, case)
@@ -79,13 +84,12 @@ class OriginalEncoder(_Original, EncoderPeer):
         return model
 
     def parts(self, model: Any) -> Parts:
-        """Of BART's names, which are the original's too."""
-        attention = model.layers[0].self_attn.original
-        return bart_parts(attention)
+        """The parts have BART's names in the original too."""
+        return bart_parts(model.layers[0].self_attn.original)
 
 
 class _InLayer(nn.Module):
-    """The original's layer as ours is called: hidden states (batch, G+T, width) to the same."""
+    """The original's layer behind the interface of ours: hidden states (batch, G+T, width) to the same shape."""
 
     def __init__(self, ours: nn.Module, case: TimedCase) -> None:
         super().__init__()

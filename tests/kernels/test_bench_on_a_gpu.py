@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from bench import peers, tune
-from bench.cases import BACKWARD, FORWARD, SIZES, Section, Size, TimedCase
+from bench.cases import BACKWARD, FORWARD, SIZES, Section, TimedCase
 from bench.measure import measure
 from bench.subject import check
 from lsg_attn import SPARSITY_TYPES, LSGPattern
+from lsg_attn.cli.sizes import Size
 from lsg_attn.fused.schedules import Schedule, Tuning
 
 IS_REAL = bool(torch.version.cuda or torch.version.hip)
@@ -63,8 +64,8 @@ def test_attentions_agree_on_a_gpu(peer, sparsity_type):
     case = TimedCase(
         "attention", "large", 4096, BACKWARD, pattern=LSGPattern(sparsity_type=sparsity_type), device="cuda"
     )
-    if obstacle := peer.obstacle(case):
-        pytest.skip(obstacle)
+    if reason := peer.unsupported_reason(case):
+        pytest.skip(reason)
     check(peer, case)  # raises
 
 
