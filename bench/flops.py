@@ -1,4 +1,4 @@
-"""How much arithmetic attention and encoders are, and the time of the matrix products alone."""
+"""The arithmetic of attention and encoders, and a step that does their matrix products alone."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from bench.cases import FORWARD, TimedCase
 from lsg_attn import LSGPattern
 
-# Products that a score takes part in: with key and value; and key again, dout with value, and the sums dq, dk, dv.
+# Products per score. Forward: with key, with value. Backward: with key again, dout with value, and dq, dk, dv.
 PRODUCTS, BACKWARD_PRODUCTS = 2, 5
 
 
 def num_scores(pattern: LSGPattern, num_tokens: int) -> int:
-    """Scores of one head: pairs of a query and a key, raw or compressed, that it sees where nothing is padding."""
+    """The scores of one head without padding: pairs of a query and a raw or compressed key that it sees."""
     first, slots = pattern.num_global_tokens, pattern.num_slots(num_tokens)
     scores = first * (first + num_tokens)
     for block in range(pattern.num_blocks(num_tokens)):
@@ -28,9 +28,9 @@ def num_scores(pattern: LSGPattern, num_tokens: int) -> int:
 
 
 def flops(case: TimedCase, scores: int) -> int:
-    """Floating-point operations of a case's matrix products, given its scores in each head.
+    """The floating-point operations of a case's matrix products, given the scores of one head.
 
-    A backward counts five products of each score, as FlashAttention's papers do, and two of each linear layer.
+    A backward counts as five products per score, as in FlashAttention's papers, and two per linear layer.
     """
     size, forward = case.size, case.step == FORWARD
     products = PRODUCTS if forward else PRODUCTS + BACKWARD_PRODUCTS
@@ -42,21 +42,21 @@ def flops(case: TimedCase, scores: int) -> int:
 
 
 class Bound(NamedTuple):
-    """A step of matrix products, and how many times longer those of a case would take."""
+    """A step of matrix products, and the factor from its time to the time of a case's products."""
 
     step: Callable[[], None]
     scale: float
 
 
-_GPU_ROWS = 8192  # of a product that a GPU does at its full rate
+_GPU_ROWS = 8192  # rows and columns of a product that is large enough for a GPU's full rate
 
 
 def matmul_bound(case: TimedCase) -> Bound:
-    """What the arithmetic of LSG attention, or of an encoder with it, takes where nothing else is done.
+    """A lower bound on the time of LSG attention, or of an encoder with it: its matrix products and nothing else.
 
-    On a CPU: the products themselves, of the block windows and the linear layers, as one ``torch.bmm`` each with
-    operands in place, layers sharing theirs. The queries of the globals are left out. On a GPU, where scores would not
-    be written to memory: one large product of the same dtype, scaled to as many operations.
+    On a CPU these are the products themselves: one ``torch.bmm`` for each product of the block windows and each linear
+    layer, on buffers that all layers share. The global queries are left out. On a GPU, whose kernels do not write
+    scores to memory, it is one large product of the same dtype, scaled to the same number of operations.
     """
     if case.device != "cuda":
         return Bound(_products(case), 1.0)
@@ -86,7 +86,7 @@ def _products(case: TimedCase) -> Callable[[], None]:
         narrow = (1, tokens, size.feed_forward, size.width)
         linear = [square] * 4 + [wide, narrow]
         shapes += linear
-        if case.step != FORWARD:  # of a layer (tokens, k) x (k, n): its input's gradient, and its weight's
+        if case.step != FORWARD:  # a layer (tokens, k) x (k, n) has the gradients of its input and its weight
             shapes += [(1, tokens, n, k) for _, _, k, n in linear] + [(1, k, tokens, n) for _, _, k, n in linear]
 
     def buffer(*sizes: int) -> torch.Tensor:

@@ -26,20 +26,20 @@ Verdicts = dict[tuple[Any, ...], str | None]
 
 @dataclass
 class Result:
-    """Of one case: figures, who was skipped and why, and what should not have happened."""
+    """The figures of one case, the peers skipped with their reasons, and failures."""
 
     figures: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
-    failures: list[dict[str, Any]] = field(default_factory=list)  # each what failed, and the error's traceback
-    verdicts: Verdicts = field(default_factory=dict)  # of the checks
-    is_gpu_lost: bool = False  # after an error that leaves it unusable for this process
+    failures: list[dict[str, Any]] = field(default_factory=list)  # each: what failed, and the traceback
+    verdicts: Verdicts = field(default_factory=dict)  # of checks: why a peer is not measured, or None
+    is_gpu_lost: bool = False  # after an error that leaves the GPU unusable for this process
 
 
 def measure(section: Section, case: TimedCase, names: Sequence[str], verdicts: Verdicts) -> Result:
-    """Time the peers of these names, but those whose check fails; ``verdicts``: of checks that were made before.
+    """Time the peers of these names, except those whose check fails; ``verdicts`` are those of earlier checks.
 
-    Without figures where the GPU was lost: who lost it is among the skipped, and the others are to be measured in
-    another process.
+    If a peer makes the GPU unusable, the result has no figures and that peer is skipped. The others can then be
+    measured in another process.
     """
     if section.keeps_memory:
         try:
@@ -81,18 +81,18 @@ def asked(section: Section, case: TimedCase, names: Sequence[str]) -> list[Peer]
 
 
 def all_skipped(section: Section, case: TimedCase, names: Sequence[str], reason: str) -> Result:
-    """A case that nobody ran."""
+    """The result of a case that no peer ran."""
     skipped = [named(section, case, peer.name) | {"reason": reason} for peer in asked(section, case, names)]
     return Result(skipped=skipped)
 
 
 def reason_of(error: BaseException) -> str:
-    """An error in a line."""
+    """An error in one line."""
     return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
 
 
 def named(section: Section, case: TimedCase, name: str) -> dict[str, Any]:
-    """What every record begins with."""
+    """The fields that every record begins with."""
     return {"section": section.title, "compares": section.compares, "case": case, "peer": name}
 
 
@@ -106,7 +106,7 @@ class _Entry(NamedTuple):
 
 
 def _prepare(peer: Peer, case: TimedCase, clock: Clock, result: Result) -> _Entry | str:
-    """A peer that has run the case once, or why it can not."""
+    """A peer that has run the case once, or the reason that it cannot."""
     try:
         subject = make_subject(peer, case)
         step = make_step(subject, case.step)
@@ -118,7 +118,7 @@ def _prepare(peer: Peer, case: TimedCase, clock: Clock, result: Result) -> _Entr
 
 
 def _disagreement(peer: Peer, case: TimedCase, result: Result) -> str | None:
-    """Why a peer is not measured: what it gives is not what it must. Verdicts are kept, those with a backward apart."""
+    """Why a peer is not measured, if its check fails, or None. Verdicts are kept; a backward has its own."""
     pattern, has_backward = case.pattern if peer.is_lsg else None, case.step != FORWARD
     key = (peer.name, case.level, has_backward, case.dtype_name, case.device, pattern)
     if key not in result.verdicts:
@@ -137,7 +137,7 @@ def _disagreement(peer: Peer, case: TimedCase, result: Result) -> str | None:
 def _interleave(
     section: Section, case: TimedCase, entries: dict[str, _Entry], bound: Bound, clock: Clock, result: Result
 ) -> dict[str, list[float]]:
-    """Seconds of the entries and the bound; who fails now is left out after all."""
+    """The seconds of the entries and the bound; an entry that fails here is left out after all."""
     while entries and not result.is_gpu_lost:
         steps = {name: entry.step for name, entry in entries.items()} | {BOUND: bound.step}
         try:
@@ -148,13 +148,13 @@ def _interleave(
                 raise
             name, reason = error.name, _failure(error.name, error.__cause__ or error, result)
         result.skipped.append(named(section, case, name) | {"reason": reason})
-        del steps, entries[name]  # and with them what the error did not let go of
+        del steps, entries[name]  # and with them what the error still refers to
         _free(result)
     return {}
 
 
 def _failure(name: str, error: BaseException, result: Result) -> str:
-    """The reason that an error is not to measure a peer, and a failure of the run if the peer is ours."""
+    """An error as the reason to skip a peer. If the peer is ours, it is a failure of the run too."""
     reason = reason_of(error)
     if name in OWN and not isinstance(error, torch.OutOfMemoryError):
         text = "".join(traceback.format_exception(error))
@@ -164,7 +164,7 @@ def _failure(name: str, error: BaseException, result: Result) -> str:
 
 
 def _is_gpu_lost() -> bool:
-    """Whether CUDA repeats an error of before: an access out of bounds, and whatever is asked next fails by it."""
+    """Whether CUDA is unusable: after an access out of bounds, for example, every later call fails with that error."""
     if not torch.cuda.is_initialized():
         return False
     try:
@@ -175,7 +175,7 @@ def _is_gpu_lost() -> bool:
 
 
 def _free(result: Result) -> None:
-    """Let go of what an error or a check held."""
+    """Free the memory that an error or a check held."""
     gc.collect()
     if torch.cuda.is_available() and not result.is_gpu_lost:
         torch.cuda.empty_cache()
@@ -184,9 +184,9 @@ def _free(result: Result) -> None:
 def _of_times(
     case: TimedCase, times: dict[str, list[float]], name: str, ours: str | None, scores: int
 ) -> dict[str, Any]:
-    """What comes of seconds: ``ratio`` is this time over that of ours, ``over_matmul`` over the bound's.
+    """A peer's figures: ``ratio`` is its time over ours, ``over_matmul`` its time over the bound's.
 
-    Where ours failed there is no ratio: one to another of ours would be read as one to it.
+    If ours failed, there is no ratio: a ratio to another of our implementations would be mistaken for it.
     """
     seconds = spread(times[name])
     return {

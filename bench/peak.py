@@ -1,6 +1,6 @@
-"""A step's peak memory beyond weights and inputs: CUDA's statistics, or on a CPU a fresh process's high-water mark.
+"""A step's peak memory beyond weights and inputs, from CUDA's statistics or a fresh process's high-water mark.
 
-Its results and gradients are included. What is there after a first step, such as an optimizer's state, is not.
+It includes the step's results and gradients, but nothing that a first step leaves, such as an optimizer's state.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _WARM_TOKENS = 1024
 
 
 def peak_bytes(name: str, case: TimedCase) -> int | None:
-    """On a CPU, the peak of a peer's step in a process of its own; None where the system does not say."""
+    """On a CPU: the peak of a peer's step in a process of its own, or None where the system does not report it."""
     return fresh.call(_peak, name, case)
 
 
 def _peak(name: str, case: TimedCase) -> int | None:
     (peer,) = (peer for peer in peers.of_level(case.level) if peer.name == name)
-    if case.level == "encoder" and case.step == FORWARD:  # what libraries allocate once, they do on a short document
+    if case.level == "encoder" and case.step == FORWARD:  # libraries allocate here what they allocate once
         short = replace(case, tokens=min(case.tokens, _WARM_TOKENS))
         make_step(make_subject(peer, short), case.step)()
     subject = make_subject(peer, case)
@@ -38,7 +38,7 @@ def _peak(name: str, case: TimedCase) -> int | None:
 
 
 def cuda_peak_bytes(subject: Subject, step: Callable[[], object]) -> int:
-    """On a GPU, by how much what is allocated grows at the peak of a step that has been run before."""
+    """On a GPU: how far allocated memory grows at the peak of a step that has run before."""
     subject.clear_gradients()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""python -m bench.plot: a run's file as pictures: time and memory against length, and bars of ratios."""
+"""python -m bench.plot: draws a run's file: time and memory against length, and bars of ratios."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Figure = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the pictures of each run beside its file, or where asked to."""
+    """Write the pictures of each run beside its file, or to a given folder."""
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, nargs="+", help="what bench.run wrote")
     parser.add_argument("--folder", type=Path, help="where to write; by default beside the file")
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def plot(path: Path, folder: Path) -> list[Path]:
-    """Draw a run's file to ``NAME-time.png``, ``NAME-memory.png``, ``NAME-ratios.png``; those that it has figures for.
+    """Draw a run's file to ``NAME-time.png``, ``NAME-memory.png`` and ``NAME-ratios.png``, if it has the figures.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -55,7 +55,7 @@ def _mebibytes(figure: Figure) -> float | None:
 
 
 def _against_length(run: Run, label: str, value: Callable[[Figure], float | None], note: str) -> Any:
-    """A panel for each section that has several lengths, a line for each peer."""
+    """A panel for each section with several lengths, and in it a line for each peer."""
     from matplotlib.figure import Figure as Canvas
 
     panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
@@ -91,7 +91,7 @@ def _lengths(lines: dict[str, list[tuple[int, float]]]) -> list[int]:
 
 
 def _ratios(run: Run, note: str) -> Any:
-    """Bars of the time over that of ours, for each section that compares peers, at the length that most have."""
+    """Bars of the time over ours for each section that compares peers, at the length that most figures have."""
     from matplotlib.figure import Figure as Canvas
 
     groups: dict[str, list[Figure]] = {}
@@ -128,7 +128,7 @@ def _ratios(run: Run, note: str) -> Any:
 
 
 def _legend(canvas: Any, axes: Sequence[Any]) -> None:
-    """One legend of all panels."""
+    """Draw one legend for all panels."""
     handles: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):

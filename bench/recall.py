@@ -1,8 +1,8 @@
-"""python -m bench.recall: how much of dense attention's probability each pattern keeps on a text, beside its speed.
+"""python -m bench.recall: how much of dense attention's probability each pattern keeps on a text, and its speed.
 
-A checkpoint reads the text with dense attention in every layer. On the queries, keys and values that come up, each
-pattern is asked: how much of the probability lies on tokens that a query sees as they are, how much on these and on
-tokens that it sees averaged with others, and how far the output is from the dense one.
+A checkpoint reads the text with dense attention in every layer. Its queries, keys and values then show, for each
+pattern, how much of the probability lies on tokens that a query sees unchanged, how much lies on these and on tokens
+that it sees averaged with others, and the error of the output against dense attention.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ QKV = tuple[Tensor, Tensor, Tensor]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a line for each pattern."""
+    """Print a row for each pattern."""
     options = _parse(arguments)
     console = Console(width=110)
     model, ids, source = _read(options)
@@ -68,16 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.recall", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, default=_TINY, help="a BART or LSG-BART; by default one for tests")
+    parser.add_argument("--model", type=Path, default=_TINY, help="a BART or LSG-BART; by default a tiny random one")
     parser.add_argument("--file", type=Path, help="a text file; by default Python's own language reference")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens to take of it (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=4096, help="how many tokens to read (default: %(default)s)")
     parser.add_argument("--factors", type=int, nargs="+", default=[2, 4, 8], metavar="F", help="sparsity factors")
     parser.add_argument("--block-size", type=int, default=128, help="B and s (default: %(default)s)")
     return parser.parse_args(arguments)
 
 
 def patterns_of(factors: Sequence[int], block_size: int, num_global_tokens: int) -> list[LSGPattern]:
-    """Every type with every factor, and the one without compressed keys."""
+    """Every sparsity type with every factor, and ``none``, which has no factor."""
     sizes: dict[str, Any] = {"block_size": block_size, "sparse_block_size": block_size}
     sizes["num_global_tokens"] = num_global_tokens
     types = [name for name in SPARSITY_TYPES if name != "none"]
@@ -86,15 +86,11 @@ def patterns_of(factors: Sequence[int], block_size: int, num_global_tokens: int)
 
 
 class Recall(NamedTuple):
-    """Of the tokens' queries, means over heads: probability of dense attention that is kept, and the output's error.
+    """What a pattern keeps of dense attention's probability, and its error: means over heads and queries of tokens."""
 
-    ``seen``: on global, local and chosen tokens; ``covered``: also on tokens that are averaged into a key that the
-    query sees; ``error``: relative root mean square of the output against that of dense attention.
-    """
-
-    seen: float
-    covered: float
-    error: float
+    seen: float  # probability on global, local and chosen tokens
+    covered: float  # the same and the probability on tokens averaged into a key that the query sees
+    error: float  # relative root mean square error of the output against dense attention
 
 
 def recall(pattern: LSGPattern, qkv: QKV) -> Recall:
@@ -107,7 +103,7 @@ def recall(pattern: LSGPattern, qkv: QKV) -> Recall:
     tokens, slots = visible_tokens(pattern, length)[first:], visible_slots(pattern, length)[first:]
     is_choice = compression is not None and compression.token is not None
     seen = covered = 0.0
-    for head in range(heads):  # one at a time: the matrix is as long as the text on both sides
+    for head in range(heads):  # one at a time: the matrix has (tokens, G+T) elements
         probs = (query[0, head, first:] @ key[0, head].mT * scale).softmax(-1)
         raw = everything = _probability(probs, tokens)
         if compression is not None:
@@ -121,17 +117,17 @@ def recall(pattern: LSGPattern, qkv: QKV) -> Recall:
 
 
 def _probability(probs: Tensor, where: Tensor) -> float:
-    """The mean over queries of what (queries, keys) probabilities come to where the mask is true."""
+    """The sum of probabilities (queries, keys) where the mask is true, as a mean over queries."""
     return (probs * where).sum(-1).mean().item()
 
 
 def dense_layers(encoder: Any, ids: Tensor) -> Iterator[QKV]:
-    """Queries, keys and values of each layer of an LSG-BART's encoder that reads ids (1, T) with dense attention."""
+    """Queries, keys and values of each layer of an LSG-BART encoder as it reads ids (1, T) with dense attention."""
     seen: list[Tensor] = []
     attentions = [layer.self_attn for layer in encoder.layers]
     dense = LSGPattern(block_size=ids.shape[1], sparsity_type="none", num_global_tokens=encoder.num_global_tokens)
     for attention in attentions:
-        attention.pattern = dense  # at most two blocks of tokens all see each other
+        attention.pattern = dense  # one block: all tokens see each other
         attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     with torch.inference_mode():
         encoder(ids)
@@ -140,7 +136,7 @@ def dense_layers(encoder: Any, ids: Tensor) -> Iterator[QKV]:
 
 
 def _read(options: argparse.Namespace) -> tuple[Any, Tensor, str]:
-    """The checkpoint's encoder, the text's ids (1, T), and where the text comes from."""
+    """The checkpoint's encoder, the text's ids (1, T), and the text's source."""
     from lsg_attn.cli.demo_model import encode, load
 
     model, tokenizer = load(str(options.model), options.tokens)
@@ -149,7 +145,7 @@ def _read(options: argparse.Namespace) -> tuple[Any, Tensor, str]:
 
 
 def _speeds(patterns: Sequence[LSGPattern], qkv: QKV) -> dict[LSGPattern, tuple[float, float]]:
-    """Milliseconds of each pattern, and dense attention's time over its own."""
+    """For each pattern its milliseconds, and dense attention's time over its own."""
     steps: dict[str, Step] = {_name(pattern): partial(lsg_attention, *qkv, pattern=pattern) for pattern in patterns}
     steps[_DENSE] = partial(torch.nn.functional.scaled_dot_product_attention, *qkv)
     for step in steps.values():

@@ -1,4 +1,4 @@
-"""A run's file: one JSON object a line, the run first, then figures and what was skipped, written as they come."""
+"""A run's file: one JSON object per line, the run first, then figures and skipped peers as they come."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _PACKAGES = ("torch", "triton", "transformers", "lsg-converter", "numpy")
 
 
 class Writer:
-    """Appends records to a new file.
+    """Writes records to a new file.
 
     Raises:
-        FileExistsError: the file is there: figures of two runs do not mix.
+        FileExistsError: the file exists; the figures of two runs must not mix.
     """
 
     def __init__(self, path: Path, arguments: dict[str, Any], device: str) -> None:
@@ -33,26 +33,26 @@ class Writer:
         self.write("run", self.run)
 
     def write(self, kind: str, record: dict[str, Any]) -> None:
-        """Add a line; a case is described."""
+        """Add a record; its case becomes a dictionary."""
         self._file.write(json.dumps({"kind": kind, **record}, default=TimedCase.describe) + "\n")
 
     def close(self) -> None:
-        """Write no more."""
+        """Close the file."""
         self._file.close()
 
 
 class Run(NamedTuple):
-    """What a file holds."""
+    """The contents of a run's file."""
 
     run: dict[str, Any]
-    figures: list[dict[str, Any]]  # each a section, what that compares, a case, a peer and its figures
-    skipped: list[dict[str, Any]]  # each the same and a reason
+    figures: list[dict[str, Any]]  # each has a section, what it compares, a case, a peer and its figures
+    skipped: list[dict[str, Any]]  # each has the same without figures, and a reason
 
     def common_length(self) -> int:
-        """The length that most figures of peers have; of several the longest.
+        """The length that most figures of peers have; of several such lengths the longest.
 
         Raises:
-            ValueError: it has no figures of a section that compares peers.
+            ValueError: no figures are of a section that compares peers.
         """
         lengths: list[int] = [figure["case"].tokens for figure in self.figures if figure["compares"] == "peers"]
         if not lengths:
@@ -64,7 +64,7 @@ def read(path: Path) -> Run:
     """Read a run's file.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: it is not the file of one run.
     """
     runs, figures, skipped = (list(_of_kind(path, kind)) for kind in ("run", "figures", "skipped"))
     if len(runs) != 1:
@@ -82,7 +82,7 @@ def _of_kind(path: Path, kind: str) -> Iterator[dict[str, Any]]:
 
 
 def describe_run(arguments: dict[str, Any], device: str) -> dict[str, Any]:
-    """When, on what and with what a run is made."""
+    """The time, machine, versions and arguments of a run."""
     root = Path(__file__).parent
     try:
         git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
@@ -114,7 +114,7 @@ def _version(name: str) -> str | None:
 
 
 def _cpu_name() -> str:
-    """The processor's name, with its widest vector instructions as torch sees them."""
+    """The processor's name, and the widest vector instructions that torch uses on it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,7 +1,7 @@
-"""python -m bench.run: this library beside everything that a user would pick instead, in one run on this machine.
+"""python -m bench.run: measures this library and its alternatives on this machine in one run.
 
-Each implementation is first compared with what it must give, and has no figures if it gives something else. Repetitions
-are interleaved (A B C A B C ...); times are medians, ratios are medians of the ratios within a repetition.
+The result of each implementation is checked first; if it is wrong, the implementation has no figures. Repetitions are
+interleaved (A B C A B C ...). Times are medians; ratios are medians of the ratios within a repetition.
 """
 
 from __future__ import annotations
@@ -32,28 +32,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure a plan, print its tables and write its file.
 
     Returns:
-        0, or 1 if an implementation of ours failed, anyone's result was wrong or a case could not be measured at all,
-        or 2 if there is nothing to measure or nothing to do it on.
+        0; 1 if one of our implementations failed, a peer's result was wrong or a case could not be measured at all; 2
+        if there is nothing to measure, the GPU is missing or the file exists.
     """
     options = _parse(arguments)
     console = Console()
     console = console if console.width >= 120 else Console(width=120)  # a pipe has no width of its own
     device = "cpu" if options.dry_run else options.device
     if device == "cuda" and not torch.cuda.is_available():
-        console.print("bench.run: --device cuda: torch finds no GPU; --dry-run tries its cases on the CPU")
+        console.print("bench.run: --device cuda: torch finds no GPU; --dry-run tries the cases on the CPU")
         return 2
     planned = plan(options.device, options.quick)
     sections = [section for section in planned if options.only in section.title]
     if not sections:
         titles = ", ".join(section.title for section in planned)
-        console.print(f"bench.run: --only: expected a part of one of {titles}; got {options.only!r}", markup=False)
+        console.print(
+            f"bench.run: --only: expected part of a title out of {titles}; got {options.only!r}", markup=False
+        )
         return 2
     if options.dry_run:
         sections = shrink(sections)
     try:
         writer = Writer(options.out or _new_path(options), {**vars(options), "out": None}, device)
     except FileExistsError as error:
-        console.print(f"bench.run: --out: {error.filename} is there already, and runs are not mixed")
+        console.print(f"bench.run: --out: {error.filename} exists already, and runs are not mixed")
         return 2
     console.print(" ".join(f"{name}: {value}." for name, value in writer.run.items()), markup=False)
     total = _measure_all(console, writer, sections, options.peers, options.minutes)
@@ -69,14 +71,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.run", description=(__doc__ or "").splitlines()[0])
     default, names = "cuda" if torch.cuda.is_available() else "cpu", ", ".join(peers.NAMES)
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="(default here: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="few cases and repetitions: minutes on two cores")
+    parser.add_argument("--quick", action="store_true", help="few cases and repetitions: a few minutes on two cores")
     parser.add_argument(
         "--peers", nargs="+", choices=peers.NAMES, default=list(peers.NAMES), metavar="PEER", help=f"only {names}"
     )
-    parser.add_argument("--only", default="", metavar="TEXT", help="only sections with this in their title, as encoder")
-    parser.add_argument("--minutes", type=float, help="begin no case after so many; by default all are measured")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only sections with this in their title, such as encoder"
+    )
+    parser.add_argument("--minutes", type=float, help="start no case after so many minutes; by default measure all")
     parser.add_argument("--out", type=Path, help=f"the file to write; by default a new one in {_FOLDER}")
-    parser.add_argument("--dry-run", action="store_true", help="each case with tiny shapes on the CPU: does it work?")
+    parser.add_argument("--dry-run", action="store_true", help="only try each case, with tiny shapes on the CPU")
     return parser.parse_args(arguments)
 
 
@@ -91,7 +95,7 @@ def _measure_all(
     total, end = Result(), float("inf") if minutes is None else time.monotonic() + 60 * minutes
     worker = fresh.Worker()
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
-    # Redrawn here and there only: a thread that draws would take time from what is measured.
+    # Redrawn by hand: a drawing thread would take time from what is measured.
     with Progress(*columns, TimeElapsedColumn(), console=console, auto_refresh=False) as progress:
         task = progress.add_task("", total=sum(len(section.cases) for section in sections))
         for section in sections:
@@ -119,12 +123,12 @@ def _measure_all(
 def _measure(
     section: Section, case: TimedCase, names: Sequence[str], verdicts: Verdicts, worker: fresh.Worker
 ) -> Result:
-    """Times and peaks of a case: on a CPU in processes of their own, on a GPU in the one that there is."""
+    """Times and peaks of a case: on a CPU in new processes, on a GPU in the one worker."""
     try:
         if case.device == "cuda":
             return _measure_on_gpu(section, case, names, verdicts, worker)
         result = fresh.call(measure, section, case, names, verdicts)
-    except Exception as error:  # the process was killed, as where memory runs out, or the bound has none
+    except Exception as error:  # the process was killed, for example for lack of memory, or the bound failed
         result = all_skipped(section, case, names, reason_of(error))
         _add_failure(result, f"{section.title}, {case.tokens} tokens")
         return result
@@ -140,7 +144,7 @@ def _measure(
 def _measure_on_gpu(
     section: Section, case: TimedCase, names: Sequence[str], verdicts: Verdicts, worker: fresh.Worker
 ) -> Result:
-    """Times and peaks of a case; who leaves the GPU unusable is left out, and the others begin again."""
+    """Times and peaks of a case. A peer that makes the GPU unusable is left out, and the others start again."""
     result = worker.call(measure, section, case, names, verdicts)
     if not result.is_gpu_lost:
         return result

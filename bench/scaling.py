@@ -1,4 +1,4 @@
-"""python -m bench.scaling: how time grows with length, and from where on LSG is faster than dense attention here."""
+"""python -m bench.scaling: how time grows with length, and from which length LSG is faster than each peer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Points = dict[str, dict[int, float]]  # seconds of each peer at each length
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print exponents and crossings of a run's file, or of a few lengths measured now."""
+    """Print the exponents and crossings of a run's file, or of a few lengths measured now."""
     parser = argparse.ArgumentParser(prog="python -m bench.scaling", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path, nargs="?", help="what bench.run wrote; by default attention is measured now")
     options = parser.parse_args(arguments)
@@ -33,13 +33,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def exponent(line: dict[int, float]) -> float:
-    """The slope of log time over log length, by least squares."""
+    """The slope of log time against log length, by least squares."""
     lengths, seconds = zip(*sorted(line.items()), strict=True)
     return float(np.polyfit(np.log(lengths), np.log(seconds), 1)[0])
 
 
 def crossing(ours: dict[int, float], other: dict[int, float]) -> str:
-    """From where on ours takes less time: between measured lengths on a line of logarithms, never beyond them."""
+    """From which length ours takes less time, interpolated between measured lengths in logarithms."""
     lengths = sorted(set(ours) & set(other))
     gains = [float(np.log(other[length] / ours[length])) for length in lengths]
     slower = [i for i, gain in enumerate(gains) if gain <= 0]

@@ -1,4 +1,4 @@
-"""From a peer and a case to what is run: the step that is timed, and the check that comes before."""
+"""Turns a peer and a case into the step that is timed, and the check before it."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from bench.cases import FORWARD, TRAIN, TimedCase
 from bench.peers.base import CHECK_SEED, VOCABULARY, AttentionPeer, EncoderPeer, Peer
 from lsg_attn.testing import assert_close, make_inputs
 
-CHECK_TOKENS = 1024  # whole blocks and windows of every peer, and more than its smallest sparse length
+CHECK_TOKENS = 1024  # whole blocks and windows of every peer, and long enough for its sparse attention
 
 
 class DisagreementError(Exception):
-    """A peer does not give what it must give."""
+    """A peer's result or gradient is wrong."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What runs a peer once. ``leaves``: what a backward fills gradients of."""
+    """A peer that is ready to run. ``leaves``: the tensors that get gradients in a backward."""
 
     forward: Callable[[], Tensor]
     leaves: tuple[Tensor, ...]
-    setup_seconds: float  # masks and the like, made once for a shape; on a GPU their code's compilation too
+    setup_seconds: float  # for masks and the like, made once per shape; on a GPU with their compilation
 
     def clear_gradients(self) -> None:
-        """Free what the last backward left."""
+        """Free the gradients of the last backward."""
         for leaf in self.leaves:
             leaf.grad = None
 
 
 def make_subject(peer: Peer, case: TimedCase) -> Subject:
-    """Inputs and, for encoders, weights; in training mode only for a train step."""
+    """Make inputs and, for an encoder, weights; an encoder is in training mode only for a train step."""
     if isinstance(peer, AttentionPeer):
         q, k, v = leaves = _attention_inputs(case)
         begin = time.perf_counter()
@@ -51,7 +51,7 @@ def make_subject(peer: Peer, case: TimedCase) -> Subject:
 
 
 def make_step(subject: Subject, step: str) -> Callable[[], object]:
-    """A case's step as a call, whose gradients are left to be seen."""
+    """A case's step as a function; the gradients of its last call stay in the leaves."""
     for leaf in subject.leaves:
         leaf.requires_grad_(step != FORWARD)
     if step == FORWARD:
@@ -78,10 +78,10 @@ def make_step(subject: Subject, step: str) -> Callable[[], object]:
 
 
 def check(peer: Peer, case: TimedCase) -> None:
-    """Compare a peer's attention with what it must give, on a few blocks of a case's pattern, dtype and device.
+    """Compare a peer's attention with the expected result, on a few blocks with a case's pattern, dtype and device.
 
-    Of an encoder that is the attention in its first layer, between the linear layers around it. Where a backward is
-    measured gradients are compared too: of queries, keys and values, or of the hidden states that they are made of.
+    An encoder's attention is the one in its first layer, between its linear layers. If a backward is measured,
+    gradients are compared too: those of queries, keys and values, or of an encoder's hidden states.
 
     Raises:
         DisagreementError: they differ by more than the dtype's tolerance.
@@ -107,9 +107,9 @@ def check(peer: Peer, case: TimedCase) -> None:
 
 
 class _Run(NamedTuple):
-    """What a peer gave on a short document, and of what. Its gradients are those of ``inputs``, by name."""
+    """A peer's result on a short document, and its inputs. ``inputs`` are the tensors with gradients, by name."""
 
-    out: Tensor  # (1, heads, length, head_dim), as each of qkv
+    out: Tensor  # (1, heads, length, head_dim), as q, k and v
     qkv: tuple[Tensor, ...]
     inputs: dict[str, Tensor]
     to_inputs: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]  # from gradients of qkv to those of inputs
@@ -125,13 +125,13 @@ def _run_attention(peer: AttentionPeer, case: TimedCase) -> _Run:
 
 
 def _dout_like(out: Tensor) -> Tensor:
-    """The same numbers for every dtype and device: those that 16 bits have."""
+    """The same numbers for every dtype and device: rounded to bfloat16, then to float16."""
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().half()
     return dout.to(out.device, out.dtype)
 
 
 def _run_first_layer(peer: EncoderPeer, case: TimedCase) -> _Run:
-    """The attention of an encoder's first layer, whose hidden states stand for queries, keys and values."""
+    """Run the attention of an encoder's first layer; its input with a gradient is the hidden states."""
     model, inputs = _model(peer, case)
     parts = peer.parts(model.eval())
     seen: dict[int, Tensor] = {}
@@ -150,13 +150,13 @@ def _run_first_layer(peer: EncoderPeer, case: TimedCase) -> _Run:
         each = [x.transpose(1, 2).flatten(2) @ weight for x, weight in zip(gradients, weights, strict=True)]
         return (sum(each[1:], each[0]).reshape(hidden.shape),)
 
-    # Longformer's hidden states are (length, 1, width), the context is (1, length, width)
+    # Longformer's hidden states are (length, 1, width); the context is (1, length, width)
     qkv = tuple(split(part(hidden.reshape(context.shape))) for part in parts[:3])
     return _Run(split(context), qkv, {"dhidden": hidden}, to_hidden)
 
 
 def _attention_inputs(case: TimedCase) -> tuple[Tensor, Tensor, Tensor]:
-    """Random (batch, heads, G+T, head_dim), in memory as projections give them."""
+    """Random queries, keys and values (batch, heads, G+T, head_dim), with the strides that projections give."""
     torch.manual_seed(0)
     shape = case.batch, case.length, case.size.heads, case.size.head_dim
     q, k, v = (torch.randn(shape, dtype=case.dtype, device=case.device).transpose(1, 2) for _ in range(3))
@@ -164,7 +164,7 @@ def _attention_inputs(case: TimedCase) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _model(peer: EncoderPeer, case: TimedCase) -> tuple[Any, dict[str, Tensor]]:
-    """An encoder with random weights, and random ids as it takes them."""
+    """An encoder with random weights, and its arguments for random ids."""
     torch.manual_seed(0)
     with torch.device(case.device):
         model: nn.Module = peer.build(case)

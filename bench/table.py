@@ -1,4 +1,4 @@
-"""Tables in the terminal."""
+"""The tables that a run prints."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.table import Table
 from bench.cases import TimedCase
 from lsg_attn import LSGPattern
 
-_TOLD_SETUP = 50.0  # milliseconds
+_LONG_SETUP = 50.0  # milliseconds: a longer setup is printed
 
 
 def print_section(console: Console, title: str, figures: Sequence[dict[str, Any]]) -> None:
-    """One line for each case and peer; a ratio is this time over ours."""
+    """Print a line for each case and peer; a ratio is the peer's time over ours."""
     if not figures:
         return
     cases = list(dict.fromkeys(figure["case"] for figure in figures))
@@ -33,7 +33,7 @@ def print_section(console: Console, title: str, figures: Sequence[dict[str, Any]
         table.add_section()
     console.print(table)
     for figure in figures:
-        if (setup := figure.get("setup_ms", 0)) > _TOLD_SETUP:
+        if (setup := figure.get("setup_ms", 0)) > _LONG_SETUP:
             where = case_label(figure["case"], cases)
             compiled = " with their compilation" * (figure["case"].device == "cuda")
             console.print(f"{figure['peer']}, {where}: {digits(setup)} ms apart for masks{compiled}, once for a shape")
@@ -53,7 +53,7 @@ def _cells(figure: dict[str, Any]) -> list[str]:
 
 
 def print_skipped(console: Console, figures: Sequence[dict[str, Any]], skipped: Sequence[dict[str, Any]]) -> None:
-    """Who ran, and who did not run what, and why."""
+    """Print the peers that ran, and what each of the others did not run and why."""
     ran = dict.fromkeys(figure["peer"] for figure in figures)
     console.print(f"ran: {', '.join(ran) or 'nothing'}")
     reasons: dict[tuple[str, str], dict[str, list[TimedCase]]] = {}
@@ -68,7 +68,7 @@ def print_skipped(console: Console, figures: Sequence[dict[str, Any]], skipped: 
 
 
 def case_label(case: TimedCase, among: Sequence[TimedCase]) -> str:
-    """What tells a case apart."""
+    """What distinguishes a case from others."""
     parts = [f"{case.tokens} tokens"] if len({other.tokens for other in among}) > 1 else []
     if len({other.pattern for other in among}) > 1:
         parts.append(pattern_label(case.pattern))
@@ -95,12 +95,12 @@ def common_label(cases: Sequence[TimedCase]) -> str:
 
 
 def digits(x: float) -> str:
-    """Three significant digits, and all of those before the point."""
+    """Three significant digits, and all digits before the point."""
     return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def pattern_label(pattern: LSGPattern) -> str:
-    """Type and sizes: local / sparse, and the factor."""
+    """Sparsity type, sizes of local and sparse blocks, and factor."""
     if not pattern.has_sparse:
         return f"none {pattern.block_size}/0"
     return f"{pattern.sparsity_type} {pattern.block_size}/{pattern.sparse_block_size} f={pattern.sparsity_factor}"

@@ -1,4 +1,4 @@
-"""Seconds of interleaved repetitions, and what they come to: medians, percentiles, ratios."""
+"""Times interleaved repetitions and summarizes them: medians, percentiles, ratios."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 import torch
 
 Step = Callable[[], object]
-MOST = 21  # repetitions
-SHORT = 2.5  # seconds
-LONG = 60.0  # seconds: of repetitions that take so long, two are enough
+MAX_REPETITIONS = 21
+SHORT = 2.5  # seconds: a shorter step is warmed up before each repetition
+LONG = 60.0  # seconds: after so long two repetitions are enough
 _FLUSHED = 256 << 20  # bytes: more than a GPU's cache
 
 
 class StepError(Exception):
-    """A step failed, of that name."""
+    """The step of that name failed."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -33,24 +33,24 @@ class Spread(NamedTuple):
 
 
 def spread(values: list[float]) -> Spread:
-    """The median and percentiles of some values."""
+    """The median and percentiles of values."""
     low, middle, high = np.percentile(values, (20, 50, 80))
     return Spread(float(middle), float(low), float(high))
 
 
 def ratio(above: list[float], below: list[float]) -> Spread:
-    """The ratio within each repetition, so that what slowed both of them down does not count."""
+    """The ratios within repetitions: a slowdown that hits both sides cancels out."""
     return spread([a / b for a, b in zip(above, below, strict=True)])
 
 
 class Clock:
-    """Seconds of a step on a CPU or, by its events, on a GPU whose cache is filled with something else before."""
+    """Times a step on a CPU, or with events on a GPU, whose cache is overwritten first."""
 
     def __init__(self, device: str) -> None:
         self._flushed = torch.empty(_FLUSHED, dtype=torch.uint8, device=device) if device == "cuda" else None
 
     def seconds(self, step: Step) -> float:
-        """Run a step to its end."""
+        """Run a step to its end and return its seconds."""
         if self._flushed is None:
             begin = time.perf_counter()
             step()
@@ -66,19 +66,20 @@ class Clock:
 
 
 def interleave(steps: dict[str, Step], clock: Clock, seconds: float, least: int) -> dict[str, list[float]]:
-    """Seconds of each step in each repetition A B C A B C ..., so that a drift of the machine hits all alike.
+    """The seconds of each step in each repetition A B C A B C ...: a drift of the machine hits all steps alike.
 
-    As many repetitions as fit into ``seconds``, at least ``least`` and at most ``MOST``. A short step is called once
-    more before it is timed, as a user's loop would have called it: what ran in between took its memory and caches, and
-    a virtual machine may have given freed pages back to its host, which makes large allocations several times slower.
+    There are as many repetitions as fit into ``seconds``, at least ``least`` and at most ``MAX_REPETITIONS``; after
+    ``LONG`` seconds two are enough. A short step also runs right before it is timed, as in a user's loop. Otherwise the
+    steps in between would have taken its memory and caches; and if a virtual machine has returned freed pages to its
+    host, large allocations are several times slower.
 
     Raises:
-        StepError: a step raised what is its cause.
+        StepError: a step failed; the cause is its exception.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     last = dict.fromkeys(steps, 0.0)
     begin = time.perf_counter()
-    for repetition in range(1, MOST + 1):
+    for repetition in range(1, MAX_REPETITIONS + 1):
         for name, step in steps.items():
             try:
                 if last[name] < SHORT:

@@ -1,7 +1,7 @@
-"""python -m bench.tune: tries schedules around the table's row for a shape on this GPU, and prints the best as a row.
+"""python -m bench.tune: tries schedules near the table's row for a shape on this GPU, and prints the best as a row.
 
-The result of the table's row is compared with that of the block-wise PyTorch code in float32, but with dropout, whose
-draws are other ones there; each schedule's result with the row's, before it is timed beside the row.
+The result of the table's row is compared with the block-wise PyTorch code in float32, except with dropout, where that
+code draws other numbers. The result of each schedule is compared with the row's; then both are timed.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from lsg_attn.fused.results import Saved, allocate, restore, to_save
 from lsg_attn.fused.schedules import Schedule, Tuning, backward_schedule, forward_schedule, target_of
 from lsg_attn.testing import assert_close, make_inputs
 
-_ROWS, _WARPS, _STAGES = (16, 256), (4, 8), (1, 4)  # least and most, but for warps: those tried
+_ROWS, _WARPS, _STAGES = (16, 256), (4, 8), (1, 4)  # limits of rows and of stages; the warps to try
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Try schedules and print what was measured; 2 if there is no GPU and none is planned for."""
+    """Try schedules and print their times; return 2 if there is no GPU and this is no dry run, otherwise 0."""
     options = _parse(arguments)
     console = Console(width=110)
     pattern = LSGPattern(sparsity_type=options.type, num_global_tokens=options.num_global_tokens)
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     trial = Trial(pattern, shape, dtype, dropout_p, options.backward)
     schedules = neighbours(trial.row)
-    tried = track(schedules, "tune", auto_refresh=False, console=console)  # no thread draws while another is timed
+    tried = track(schedules, "tune", auto_refresh=False, console=console)  # no thread draws while a schedule is timed
     measured = [trial.measure(schedule, options.seconds) for schedule in tried]
     _print_measured(console, trial, measured)
     return 0
@@ -57,18 +57,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--type", default="norm", choices=SPARSITY_TYPES)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--backward", action="store_true", help="of the backward instead of the forward")
+    parser.add_argument("--backward", action="store_true", help="tune the backward instead of the forward")
     parser.add_argument("--dropout", action="store_true")
     sizes = {"batch": 1, "heads": 16, "tokens": 16384, "head-dim": 64, "num-global-tokens": 1}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=0.5, help="for each schedule (default: %(default)s)")
-    parser.add_argument("--dry-run", metavar="TARGET", help="list the schedules for a GPU as sm_90, and run nothing")
+    parser.add_argument("--dry-run", metavar="TARGET", help="list the schedules for a GPU such as sm_90, run nothing")
     return parser.parse_args(arguments)
 
 
 def neighbours(row: Schedule) -> list[Schedule]:
-    """The row, then those that differ from it in one or two of: rows, columns, warps, stages."""
+    """The row, then the schedules that differ from it in one or two of rows, columns, warps and stages."""
     (least, most), (fewest, longest) = _ROWS, _STAGES
     sizes = [[x for x in (size, size // 2, size * 2) if least <= x <= most] for size in (row.block_m, row.block_n)]
     stages = [x for x in (row.tuning.num_stages + step for step in (0, -1, 1)) if fewest <= x <= longest]
@@ -82,12 +82,12 @@ def _distance(one: Schedule, other: Schedule) -> int:
 
 
 class Measured(NamedTuple):
-    """What came of a schedule: times and ratios to the table's row, or why there are none."""
+    """A schedule with its time and its ratio to the table's row, or the reason that there are none."""
 
     schedule: Schedule
     seconds: Spread | None = None
     to_row: Spread | None = None
-    obstacle: str = ""
+    failure: str = ""
 
 
 class Trial:
@@ -109,12 +109,12 @@ class Trial:
         self._row_step, results = self._prepare(self.row)
         self._row_step()
         self._expected = [x.clone() for x in results]
-        if not dropout_p:  # whose draws the block-wise code makes in another order
+        if not dropout_p:  # the block-wise code draws dropout in another order
             for x, expected in zip(results, self._blockwise(), strict=True):
-                assert_close("the table's row", x, expected)  # by the tolerance of x's dtype
+                assert_close("the table's row", x, expected)  # within the tolerance of x's dtype
 
     def measure(self, schedule: Schedule, seconds: float) -> Measured:
-        """Compile, compare and time a schedule; what does not compile or does not agree is said and not timed."""
+        """Compile, check and time a schedule; one that does not compile or has another result is not timed."""
         try:
             step, results = self._prepare(schedule)
             for x in results:
@@ -122,18 +122,18 @@ class Trial:
             step()
             for x, expected in zip(results, self._expected, strict=True):
                 assert_close("result", x, expected)
-        except Exception as error:  # too much shared memory, a compiler's limit, a wrong result
-            return Measured(schedule, obstacle=reason_of(error))
+        except Exception as error:  # too much shared memory, a limit of the compiler, a wrong result
+            return Measured(schedule, failure=reason_of(error))
         times = interleave({"row": self._row_step, "this": step}, self._clock, seconds, least=5)
         return Measured(schedule, spread(times["this"]), ratio(times["this"], times["row"]))
 
     def _prepare(self, schedule: Schedule) -> tuple[Step, tuple[Tensor, ...]]:
-        """What runs the pass once, and where it writes."""
+        """A function that runs the pass once, and the tensors that it writes."""
         launches, written = plan_pass(self.call, self._saved, self._dout, self.target, schedule)
         return lambda: run_on(self.device, launches), written
 
     def _blockwise(self) -> tuple[Tensor, ...]:
-        """The same by PyTorch in float32: out, or the gradients."""
+        """The result of the PyTorch code in float32: out, or the gradients."""
         call = self.call
         q, k, v = (x.detach().float().requires_grad_(self.is_backward) for x in (call.query, call.key, call.value))
         out = lsg_attention(q, k, v, call.pattern, implementation="torch")
@@ -143,7 +143,7 @@ class Trial:
 def plan_pass(
     call: Call, saved: Saved | None, dout: Tensor, target: str, schedule: Schedule
 ) -> tuple[list[Launch], tuple[Tensor, ...]]:
-    """The launches of a forward, or of the backward of what was saved; and where they write."""
+    """The launches of a forward or, if something was saved, of its backward; and the tensors that they write."""
     if saved is None:
         results = allocate(call)
         return plan_forward(call, results, target, schedule), (results.out,)
@@ -154,14 +154,14 @@ def plan_pass(
 def table_row(
     target: str, pattern: LSGPattern, dtype: torch.dtype, head_dim: int, has_dropout: bool, is_backward: bool
 ) -> Schedule:
-    """What the library takes without being asked."""
+    """The schedule that the library uses."""
     if is_backward:
         return backward_schedule(target, dtype, head_dim, has_dropout)
     return forward_schedule(target, dtype, head_dim, pattern.block_size, has_dropout)
 
 
 def row_text(schedule: Schedule, head_dim: int, has_dropout: bool, comment: str) -> str:
-    """A line for ``lsg_attn/fused/schedules.py``."""
+    """A row to paste into ``lsg_attn/fused/schedules.py``."""
     limit = next(limit for limit in (64, 128, 256) if head_dim <= limit)
     (m, n, (warps, stages)) = schedule
     return f"    ({limit}, {has_dropout}): Schedule({m}, {n}, Tuning({warps}, {stages})),  # {comment}"
@@ -169,10 +169,10 @@ def row_text(schedule: Schedule, head_dim: int, has_dropout: bool, comment: str)
 
 def _print_measured(console: Console, trial: Trial, measured: Sequence[Measured]) -> None:
     table = Table("rows", "columns", "warps", "stages", "ms", "p20-p80", "to the table's row", "p20-p80")
-    for schedule, seconds, to_row, obstacle in measured:
+    for schedule, seconds, to_row, failure in measured:
         cells = [str(x) for x in (*schedule[:2], *schedule.tuning)]
         if seconds is None or to_row is None:
-            table.add_row(*cells, obstacle)
+            table.add_row(*cells, failure)
             continue
         low, high = 1e3 * seconds.p20, 1e3 * seconds.p80
         cells += [f"{1e3 * seconds.median:.3f}", f"{low:.3f}-{high:.3f}"]
@@ -201,7 +201,7 @@ def _print_plan(
     console: Console, pattern: LSGPattern, shape: tuple[int, int, int, int], dtype: torch.dtype,
     options: argparse.Namespace,
 ) -> None:  # fmt: skip
-    """Every schedule that would be tried, and the programs of its launches."""
+    """Print the schedules that would be tried, and the programs of their launches."""
     target = options.dry_run
     call = meta_call(pattern, shape, dtype, has_mask=False, has_dropout=options.dropout)
     saved, dout = to_save(call, allocate(call)) if options.backward else None, torch.empty_like(call.query)

@@ -64,13 +64,13 @@ def test_flex_agrees_with_the_reference(sparsity_type):
 
 @pytest.mark.parametrize("name", ["dense", "longformer"])
 @pytest.mark.parametrize("dtype_name", ["float32", "bfloat16"])
-def test_other_attentions_are_what_they_say(name, dtype_name):
+def test_other_attentions_agree_with_their_expected_result(name, dtype_name):
     check(peer_of("attention", name), replace(ATTENTION, step=BACKWARD, dtype_name=dtype_name))
 
 
 @pytest.mark.parametrize("peer", [peer for peer in peers.ENCODERS if peer.name != "lsg triton"], ids=lambda x: x.name)
 @pytest.mark.parametrize("dtype_name", ["float32", "bfloat16"])
-def test_encoders_attentions_are_what_they_say(peer, dtype_name):
+def test_encoders_attentions_agree_with_their_expected_result(peer, dtype_name):
     case = replace(ENCODER, dtype_name=dtype_name, step=BACKWARD)
     check(peer, case)
     assert make_subject(peer, case).forward().dtype == case.dtype
@@ -98,7 +98,9 @@ def test_check_finds_an_encoder_with_wrong_gradients(monkeypatch):
     def wrong(self, case):
         model = build(self, case)
         key = self.parts(model).key
-        key.register_forward_hook(lambda module, inputs, out: 2 * out - out.detach())  # the same, its gradient doubled
+        key.register_forward_hook(
+            lambda module, inputs, out: 2 * out - out.detach()
+        )  # the same value with twice the gradient
         return model
 
     monkeypatch.setattr(type(peer), "build", wrong)
@@ -108,18 +110,18 @@ def test_check_finds_an_encoder_with_wrong_gradients(monkeypatch):
 
 
 def with_wrong_gradients(query, key, value):
-    """Dense attention whose keys' gradients are doubled."""
+    """Dense attention with twice the gradient of the keys."""
     key = 2 * key - key.detach()
     return torch.nn.functional.scaled_dot_product_attention(*(x[:, :, 1:] for x in (query, key, value)))
 
 
 def with_another_scale(query, key, value):
-    """Dense attention, nearly."""
+    """Dense attention with a slightly different scale."""
     return torch.nn.functional.scaled_dot_product_attention(*(x[:, :, 1:] for x in (1.01 * query, key, value)))
 
 
 @pytest.mark.parametrize(("wrong", "what"), [(with_wrong_gradients, "dkey"), (with_another_scale, "out")])
-def test_who_gives_something_else_has_no_figures(wrong, what, monkeypatch):
+def test_peer_with_a_wrong_result_has_no_figures(wrong, what, monkeypatch):
     monkeypatch.setattr(type(peer_of("attention", "dense")), "prepare", lambda self, case: wrong)
     case = replace(ATTENTION, step=BACKWARD)
     result = measure(Section("s", (case,), seconds=0, least=1), case, ["dense", "lsg torch"], {})
@@ -129,7 +131,7 @@ def test_who_gives_something_else_has_no_figures(wrong, what, monkeypatch):
     assert len(result.failures) == 1
 
 
-def test_what_fails_is_skipped_and_of_ours_a_failure(monkeypatch):
+def test_peer_that_raises_is_skipped_and_ours_is_a_failure(monkeypatch):
     def broken(self, case):
         raise RuntimeError("no such kernel\nmore")
 
@@ -146,7 +148,7 @@ def test_what_fails_is_skipped_and_of_ours_a_failure(monkeypatch):
     assert [figure["ratio"] for figure in result.figures] == [None, None]  # original, matmul
 
 
-def test_who_fails_while_it_is_timed_leaves_the_others(monkeypatch):
+def test_peer_that_fails_while_timed_leaves_the_others_figures(monkeypatch):
     calls = []
 
     def tired(query, key, value):
@@ -162,7 +164,7 @@ def test_who_fails_while_it_is_timed_leaves_the_others(monkeypatch):
 
 
 @pytest.mark.parametrize("step", [FORWARD, BACKWARD, TRAIN])
-def test_steps_do_what_they_are_called(step):
+def test_steps_make_gradients_and_updates_as_named(step):
     case = replace(ENCODER, step=step)
     subject = make_subject(peer_of("encoder", "lsg torch"), case)
     before = [leaf.detach().clone() for leaf in subject.leaves]
@@ -175,13 +177,13 @@ def test_steps_do_what_they_are_called(step):
     assert any(changed) == (step == TRAIN)
 
 
-def test_only_a_train_step_drops_out():
+def test_only_a_train_step_has_dropout():
     for step, same in ((BACKWARD, True), (TRAIN, False)):
         subject = make_subject(peer_of("encoder", "dense"), replace(ENCODER, step=step))
         assert torch.equal(subject.forward(), subject.forward()) == same
 
 
-def test_repetitions_are_interleaved_and_short_steps_warmed():
+def test_repetitions_are_interleaved_and_short_steps_warmed_up():
     calls = []
 
     class Told(Clock):
@@ -194,7 +196,7 @@ def test_repetitions_are_interleaved_and_short_steps_warmed():
     assert times == {"a": [1.0] * 3, "b": [100.0] * 3}
 
 
-def test_spread_and_ratio():
+def test_spread_and_ratio_are_percentiles():
     assert spread([5.0, 1.0, 2.0, 3.0, 4.0, 6.0]) == (3.5, 2.0, 5.0)
     assert ratio([1.0, 6.0, 3.0], [1.0, 2.0, 3.0]).median == 1.0
 
@@ -202,7 +204,7 @@ def test_spread_and_ratio():
 @pytest.mark.parametrize("level", ["attention", "encoder"])
 @pytest.mark.parametrize("step", [FORWARD, BACKWARD])
 @pytest.mark.parametrize("pattern", [TINY, LSGPattern(16, sparsity_type="none"), LSGPattern(512)])
-def test_matmul_bound_multiplies_what_is_counted(level, step, pattern):
+def test_matmul_bound_does_the_counted_operations(level, step, pattern):
     case = TimedCase(level, "tiny", 1024, step, batch=2, pattern=pattern)
     with FlopCounterMode(display=False) as counter:
         bound = matmul_bound(case)
@@ -212,7 +214,7 @@ def test_matmul_bound_multiplies_what_is_counted(level, step, pattern):
     window = 3 * pattern.block_size + 1 + (2 * pattern.sparse_block_size if pattern.has_sparse else 0)
     scores = case.length**2 if dense else case.tokens * window
     assert counter.get_total_flops() == flops(case, scores)
-    # the windows of the outer blocks reach past the ends, and the global queries are not in the bound
+    # the outer blocks' windows reach past the ends, and the bound leaves out the global queries
     assert 0.95 < num_scores(pattern, case.tokens) / scores < 1.02
 
 
@@ -243,7 +245,7 @@ def threads_and_heap():
     return torch.get_num_threads(), torch.ones(2).sum().item()
 
 
-def test_fresh_processes_have_our_threads():
+def test_fresh_processes_have_as_many_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -252,7 +254,7 @@ def test_fresh_processes_have_our_threads():
         torch.set_num_threads(before)
 
 
-def test_a_file_is_read_as_it_was_written_and_never_written_twice(tmp_path):
+def test_record_file_reads_back_and_is_never_overwritten(tmp_path):
     path = tmp_path / "deep/run.jsonl"
     writer = Writer(path, {"quick": True}, "cpu")
     figure = {
@@ -277,7 +279,7 @@ def test_a_file_is_read_as_it_was_written_and_never_written_twice(tmp_path):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_plans_have_what_they_promise(device):
+def test_plans_cover_steps_types_dtypes_and_sizes(device):
     sections = cases.plan(device, quick=False)
     every = [case for section in sections for case in section.cases]
     assert {case.device for case in every} == {device}

@@ -24,7 +24,7 @@ RESULTS = Path(report.__file__).parent / "results"
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
-    """The file of a run of every case of the GPU's plan, tiny and on the CPU, and what it printed."""
+    """Status, file and printed text of a dry run: every case of the GPU's plan, with tiny shapes on the CPU."""
     path = tmp_path_factory.mktemp("bench") / "dry.jsonl"
     console = Console(record=True, width=140)
     with pytest.MonkeyPatch.context() as patch:
@@ -33,7 +33,7 @@ def dry_run(tmp_path_factory):
     return code, path, console.export_text()
 
 
-def test_dry_run_of_a_gpus_plan_runs_every_case(dry_run):
+def test_dry_run_measures_every_case_of_a_gpus_plan(dry_run):
     code, path, printed = dry_run
     assert code == 0
     found = read(path)
@@ -47,7 +47,7 @@ def test_dry_run_of_a_gpus_plan_runs_every_case(dry_run):
     assert "skipped: flex: FlexAttention has no backward on a CPU" in printed
     numbers = [figure[key] for figure in found.figures for key in ("us_per_token", "tflops")]
     assert all(number > 0 for number in numbers)
-    # an implementation that was asked has figures or a reason, in each case
+    # in each case every peer that was asked has figures or a reason
     asked = {(record["section"], record["case"], record["peer"]) for record in (*found.figures, *found.skipped)}
     for section in shrink(plan("cuda", False)):
         for case in section.cases:
@@ -55,11 +55,11 @@ def test_dry_run_of_a_gpus_plan_runs_every_case(dry_run):
             assert {(section.title, case, name) for name in names} <= asked
 
 
-def test_bad_places_and_missing_gpus_are_said(tmp_path, capsys):
+def test_existing_files_and_missing_gpus_exit_with_status_2(tmp_path, capsys):
     path = tmp_path / "there.jsonl"
     path.write_text("mine")
     assert run.main(["--quick", "--out", str(path)]) == 2
-    assert "is there already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
     assert path.read_text() == "mine"
     if not torch.cuda.is_available():
         assert run.main(["--device", "cuda", "--out", str(tmp_path / "new.jsonl")]) == 2
@@ -67,7 +67,7 @@ def test_bad_places_and_missing_gpus_are_said(tmp_path, capsys):
         assert capsys.readouterr().out.count("torch finds no GPU") == 2
 
 
-def test_part_of_no_title_is_said(tmp_path, capsys):
+def test_only_needs_part_of_a_title(tmp_path, capsys):
     assert run.main(["--only", "atention", "--out", str(tmp_path / "new.jsonl")]) == 2
     assert "got 'atention'" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
@@ -77,7 +77,7 @@ SECTION = Section("s", (TimedCase("attention", "tiny", 256),), memory=(256,), se
 
 
 def measured(monkeypatch, *results, peak=lambda name, case: 1):
-    """What run makes of what it is given by processes: results, or errors that are raised."""
+    """A function that runs bench.run on a case whose processes return these results or raise these errors."""
     told = iter(results)
     asked_for = []
 
@@ -101,15 +101,15 @@ def measured(monkeypatch, *results, peak=lambda name, case: 1):
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_process_that_dies_skips_its_case(device, monkeypatch):
-    result, _ = measured(monkeypatch, BrokenProcessPool("killed\nby whom"))(device)
+def test_case_is_skipped_if_its_process_dies(device, monkeypatch):
+    result, _ = measured(monkeypatch, BrokenProcessPool("killed\nmore"))(device)
     assert {record["peer"]: record["reason"] for record in result.skipped} == dict.fromkeys(
         ("lsg torch", "dense", "flex"), "BrokenProcessPool: killed"
     )
     assert [failure["what"] for failure in result.failures] == ["s, 256 tokens"]
 
 
-def test_peak_that_can_not_be_measured_leaves_the_times(monkeypatch):
+def test_times_are_kept_if_a_peak_cannot_be_measured(monkeypatch):
     def peak(name, case):
         if name == "dense":
             raise BrokenProcessPool("killed")
@@ -121,7 +121,7 @@ def test_peak_that_can_not_be_measured_leaves_the_times(monkeypatch):
     assert [failure["what"] for failure in result.failures] == ["s, 256 tokens: the peak memory of dense"]
 
 
-def test_who_loses_the_gpu_is_left_out_and_the_others_begin_again(monkeypatch):
+def test_peer_that_loses_the_gpu_is_skipped_and_the_others_are_measured_again(monkeypatch):
     lost = Result(skipped=[{"peer": "dense", "reason": "r"}], failures=[{"what": "w"}], is_gpu_lost=True)
     found = Result(figures=[{"peer": "flex"}], verdicts={("flex",): None})
     result, asked_for = measured(monkeypatch, lost, found)("cuda")
@@ -144,7 +144,7 @@ def test_worker_keeps_its_process_until_it_is_stopped_or_killed():
         worker.stop()
 
 
-def test_time_that_is_over_skips_all(tmp_path, capsys):
+def test_cases_after_the_last_minute_are_skipped(tmp_path, capsys):
     path = tmp_path / "late.jsonl"
     assert run.main(["--quick", "--minutes", "-1", "--peers", "dense", "led", "--out", str(path)]) == 0
     found = read(path)
@@ -153,7 +153,7 @@ def test_time_that_is_over_skips_all(tmp_path, capsys):
     assert "the -1 minutes were over" in capsys.readouterr().out
 
 
-def test_pictures_are_drawn_of_what_there_is(dry_run, tmp_path):
+def test_plot_draws_the_figures_that_a_file_has(dry_run, tmp_path):
     _, path, _ = dry_run
     records = [json.loads(line) for line in path.read_text().splitlines()]
     for record in records.copy():
@@ -240,7 +240,7 @@ def test_report_names_who_is_faster(tmp_path):
     assert "Faster than ours in some measured cases: LED." in report.summary([changed])[0]
 
 
-def test_committed_runs_are_whole():
+def test_committed_runs_have_every_case_and_no_failure_of_ours():
     for path in RESULTS.glob("*.jsonl"):
         found = read(path)
         assert not found.run["commit"].endswith("-dirty")
@@ -252,7 +252,7 @@ def test_committed_runs_are_whole():
         assert {(figure["section"], figure["case"]) for figure in found.figures} == expected
 
 
-def test_scaling_of_a_file(capsys):
+def test_scaling_prints_the_sections_of_a_file(capsys):
     scaling.main([str(RESULTS / "cpu.jsonl")])
     out = capsys.readouterr().out
     assert "attention, forward" in out
@@ -271,7 +271,7 @@ def test_scaling_finds_exponents_and_crossings():
 
 
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
-def test_recall_counts_probability(sparsity_type):
+def test_recall_of_each_type_against_dense_probabilities(sparsity_type):
     torch.manual_seed(0)
     pattern = LSGPattern(8, 8, 2, sparsity_type, 1)
     tokens, heads = 64, 2
@@ -279,7 +279,7 @@ def test_recall_counts_probability(sparsity_type):
     got = recall.recall(pattern, (query, key, value))
     assert 0 < got.seen <= got.covered + 1e-6 <= 1 + 2e-6
     assert (got.seen == got.covered) == (sparsity_type not in ("pooling", "bos_pooling", "lsh"))
-    # what is seen as it is: by a matrix of ones in place of values, dense probabilities over local and global keys
+    # the dense probabilities of local and global keys
     if sparsity_type == "none":
         block = torch.arange(tokens) // 8
         near = torch.ones(1 + tokens, 1 + tokens, dtype=torch.bool)
@@ -287,19 +287,19 @@ def test_recall_counts_probability(sparsity_type):
         probs = (query @ key.mT / 4).softmax(-1)
         expected = (probs * near)[:, :, 1:].sum(-1).mean().item()
         assert got.seen == pytest.approx(expected, rel=1e-5)
-    # even attention over everything: the error is what it is, the probability is a count
+    # with equal scores the probability is a share of the keys
     even = recall.recall(pattern, (torch.zeros_like(query), key, value))
     assert even.covered <= (1 + 24 + 32) / 65
 
 
-def test_recall_of_a_pattern_that_leaves_nothing_out():
+def test_recall_of_a_pattern_that_sees_everything():
     qkv = tuple(torch.randn(3, 1, 2, 1 + 30, 16))
     seen, covered, error = recall.recall(LSGPattern(16), qkv)
     assert (seen, covered) == pytest.approx((1, 1))
     assert error < 1e-5
 
 
-def test_recall_reads_a_text_with_dense_attention(tmp_path, capsys):
+def test_recall_prints_a_row_for_each_type(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
     recall.main(["--file", str(text), "--tokens", "200", "--block-size", "16", "--factors", "2"])
@@ -309,7 +309,7 @@ def test_recall_reads_a_text_with_dense_attention(tmp_path, capsys):
     assert "its weights are random" in out
 
 
-def test_dense_layers_are_dense():
+def test_dense_layers_compute_dense_attention():
     options = recall._parse(["--tokens", "150"])
     encoder, ids, _ = recall._read(options)
     outputs = []
@@ -322,7 +322,7 @@ def test_dense_layers_are_dense():
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_tune_tries_the_neighbours_of_a_row_and_prints_a_row():
+def test_tune_tries_neighbours_and_its_row_is_valid_python():
     row = forward_schedule("sm_90", torch.bfloat16, 64, 128, False)
     schedules = tune.neighbours(row)
     assert schedules[0] == row
@@ -333,7 +333,7 @@ def test_tune_tries_the_neighbours_of_a_row_and_prints_a_row():
 
 
 @pytest.mark.parametrize("arguments", [[], ["--backward"], ["--type", "lsh", "--dropout"]])
-def test_tune_lists_what_it_would_try(arguments, capsys):
+def test_tune_dry_run_lists_schedules(arguments, capsys):
     assert tune.main(["--dry-run", "sm_90", "--tokens", "1024", *arguments]) == 0
     out = capsys.readouterr().out
     assert "_kernel" in out

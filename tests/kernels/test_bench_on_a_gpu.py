@@ -1,4 +1,4 @@
-"""What the bench does on a GPU only: its clock, its memory, and the tuning of schedules."""
+"""The parts of the bench that need a GPU: its clock, its memory, and the tuning of schedules."""
 
 import time
 from dataclasses import replace
@@ -19,7 +19,7 @@ CASE = TimedCase("attention", "tiny", 96, pattern=LSGPattern(16, 16, 2), device=
 
 
 class Event:
-    """What ttsem has not."""
+    """An event with the clock of the CPU, which ttsem lacks."""
 
     def __init__(self, enable_timing):
         assert enable_timing
@@ -33,7 +33,7 @@ class Event:
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch):
-    """A GPU's events and statistics, where there is none."""
+    """Stand-ins for a GPU's events and statistics if there is no GPU."""
     if not IS_REAL:
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
@@ -43,7 +43,7 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("step", [FORWARD, BACKWARD])
-def test_kernels_are_measured(step, monkeypatch):
+def test_kernels_have_times_ratios_and_peaks(step, monkeypatch):
     monkeypatch.setattr("bench.subject.CHECK_TOKENS", 96)
     monkeypatch.setitem(SIZES, "tiny", Size(32, 1, 2, 32))
     monkeypatch.setattr("bench.flops._GPU_ROWS", 16)
@@ -60,7 +60,7 @@ def test_kernels_are_measured(step, monkeypatch):
 @pytest.mark.skipif(not IS_REAL, reason="eager peers on a GPU, and flex's backward, need one")
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 @pytest.mark.parametrize("peer", peers.ATTENTION, ids=lambda peer: peer.name)
-def test_attentions_agree_on_a_gpu(peer, sparsity_type):
+def test_attentions_agree_with_the_reference_on_a_gpu(peer, sparsity_type):
     case = TimedCase(
         "attention", "large", 4096, BACKWARD, pattern=LSGPattern(sparsity_type=sparsity_type), device="cuda"
     )
@@ -70,14 +70,14 @@ def test_attentions_agree_on_a_gpu(peer, sparsity_type):
 
 
 @pytest.mark.parametrize("is_backward", [False, True])
-def test_a_schedule_is_compared_and_timed(is_backward):
+def test_schedule_is_timed_only_if_its_result_is_right(is_backward):
     trial = tune.Trial(LSGPattern(32, 32, 2), (1, 1, 1 + 96, 16), torch.float16, 0.0, is_backward)
     other = Schedule(32, 16, Tuning(4, 1))
     assert other != trial.row
     measured = trial.measure(other, seconds=0.0)
-    assert measured.obstacle == ""
+    assert measured.failure == ""
     assert measured.to_row is not None
     trial._expected = [x + 1 for x in trial._expected]
     wrong = trial.measure(other, seconds=0.0)
     assert wrong.seconds is None
-    assert wrong.obstacle.startswith("AssertionError: result: relative RMS error")
+    assert wrong.failure.startswith("AssertionError: result: relative RMS error")
