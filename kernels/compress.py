@@ -122,9 +122,10 @@ def _lsg_pool_kernel(
 
 @triton.jit
 def _one_hot_dot(choice, x):
-    """A 0/1 matrix times x: the sums are exact but for float32's rounding.
+    """A 0/1 matrix times x: the sums are exact except for float32's rounding.
 
-    Tensor cores do that in 16 bits: float32 is the sum of three bfloat16, and their products with 0 and 1 are exact.
+    Tensor cores multiply 16-bit numbers. A float32 is the sum of three bfloat16, and their products with 0 and 1 are
+    exact.
     """
     if x.dtype == tl.float32:
         choice = choice.to(tl.bfloat16)

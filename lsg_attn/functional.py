@@ -46,10 +46,9 @@ def lsg_attention(
             T need not be a multiple of the block size.
         pattern: who sees whom.
         attention_mask: (batch, G+T), or (batch, T) where the globals are visible; bool or integer, true or nonzero
-            for a token, false or 0 for padding. Padding is not seen; what it holds never matters to other rows as
-            long as its scores are finite in the dtype, but for ``bos_pooling``, which pools by the first token's query
-            even where that is padding.
-            A query that sees nothing gives 0.
+            for a token, false or 0 for padding. Padding is not seen. Its values never matter to other rows as long as
+            its scores are finite in the dtype. One exception: ``bos_pooling`` weights by the query of the first token,
+            even if that is padding. A query that sees nothing gives 0.
         dropout_p: probability, in [0, 1), that an attention probability is zeroed; the rest is scaled by 1/(1-p).
             It applies whenever it is not 0: pass 0 in evaluation. Seeded by ``torch.manual_seed``; from one seed,
             implementations draw different masks.
