@@ -44,7 +44,7 @@ class LSGPattern:
     lsh_seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
+        for name, least in _MINIMUM.items():
             object.__setattr__(self, name, integer(name, getattr(self, name), least))
         if self.lsh_seed >= 1 << 63:
             raise ValueError(f"lsh_seed: expected an int below 2**63, got {self.lsh_seed}")
@@ -143,7 +143,7 @@ class LSGPattern:
         return (left - reach, left), (right, right + reach)
 
 
-_LEAST = {
+_MINIMUM = {
     "block_size": 1,
     "sparse_block_size": 0,
     "sparsity_factor": 0,
