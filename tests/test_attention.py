@@ -263,6 +263,17 @@ def test_scale_multiplies_queries(implementation):
 
 
 @each_implementation
+def test_the_mask_may_change_before_the_backward(implementation):
+    inputs = make_inputs(1, 2, 1 + 40, 4, F64, "right")
+    pattern = LSGPattern(8, 8, 2, "pooling")
+    expected = run_attention(inputs, pattern, implementation=implementation)["dquery"]
+    query, mask = inputs.query.requires_grad_(), inputs.attention_mask.clone()
+    out = lsg_attention(query, *inputs[1:3], pattern, mask, implementation=implementation)
+    mask.fill_(True)
+    assert torch.equal(torch.autograd.grad(out, query, inputs.dout)[0], expected)
+
+
+@each_implementation
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 def test_strides_change_nothing(implementation, sparsity_type):
     """Memory as a projection writes it, (batch, length, heads, head_dim), and an expanded incoming gradient."""

@@ -8,6 +8,7 @@ again from q and k, by the same steps.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .sweep import Sweep, Tile
 
 def blockwise_attention(call: Call) -> Tensor:
     """Block-wise LSG attention, differentiable once."""
+    call = replace(call, attention_mask=call.keep())  # a copy: the caller may write to its mask before the backward
     maps = _tensors(_compress(call))
     inputs = (call.query, call.key, call.value, call.attention_mask, call.seed)
     options = (call.dropout_p, call.scale, call.pattern)
