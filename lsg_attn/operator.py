@@ -14,7 +14,7 @@ from .pattern import LSGPattern
 
 _OPTIONS = (
     "float dropout_p, float scale, int block_size, int sparse_block_size, int sparsity_factor, str sparsity_type, "
-    "int num_global_tokens, int lsh_num_pre_rounds, int lsh_seed"
+    "int num_global_tokens, int lsh_num_pre_rounds, int lsh_seed, bool causal"
 )
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attention_mask, Tensor? seed, Tensor[] projections"
 _SCHEMA = f"({_INPUTS}, {_OPTIONS}) -> Tensor[]"
@@ -46,6 +46,7 @@ def _arguments(call: Call) -> tuple[Any, ...]:
         pattern.num_global_tokens,
         pattern.lsh_num_pre_rounds,
         pattern.lsh_seed,
+        pattern.causal,
     )
 
 

@@ -19,6 +19,10 @@ class LSGPattern:
     blocks the nearest ``sparse_block_size`` compressed keys. Global queries see all tokens. If ``T <= 2B``, all
     queries see all tokens.
 
+    A causal pattern leaves out all that lies to the right. The query of token ``t`` in block ``i`` sees the G global
+    keys, the compressed keys to its left, block ``i-1``, and block ``i`` up to ``t``; if ``T <= 2B``, all tokens up to
+    ``t``. Global queries see the global keys alone, so that no token reaches an earlier one through them.
+
     Args:
         block_size: B, the number of queries in a block; at least 1. T need not be a multiple of B.
         sparse_block_size: s, the number of compressed keys on each side. 0 turns the sparse part off. For ``norm`` and
@@ -29,9 +33,10 @@ class LSGPattern:
         num_global_tokens: G, the number of global tokens, which come first in the sequence.
         lsh_num_pre_rounds: hashing rounds before the last one (``lsh`` only).
         lsh_seed: seed of the random directions (``lsh`` only).
+        causal: whether a token sees no later token.
 
     Raises:
-        TypeError: a number is not an integer, or ``sparsity_type`` is not a string.
+        TypeError: a number is not an integer, ``sparsity_type`` is not a string, or ``causal`` is not a bool.
         ValueError: a number is out of range, ``sparsity_type`` is unknown, or the sizes are not multiples as required.
     """
 
@@ -42,12 +47,15 @@ class LSGPattern:
     num_global_tokens: int = 1
     lsh_num_pre_rounds: int = 1
     lsh_seed: int = 0
+    causal: bool = False
 
     def __post_init__(self) -> None:
         for name, least in _MINIMUM.items():
             object.__setattr__(self, name, integer(name, getattr(self, name), least))
         if self.lsh_seed >= 1 << 63:
             raise ValueError(f"lsh_seed: expected an int below 2**63, got {self.lsh_seed}")
+        if not isinstance(self.causal, bool):
+            raise TypeError(f"causal: expected a bool, got {type_name(self.causal)}")
         name = self.sparsity_type
         if not isinstance(name, str):
             raise TypeError(f"sparsity_type: expected a str, got {type_name(name)}")
@@ -106,7 +114,7 @@ class LSGPattern:
         return (self.chunk,) * self.lsh_num_pre_rounds + (self.chunk // self.sparsity_factor,)
 
     def is_dense(self, num_tokens: int) -> bool:
-        """Whether all tokens see each other, which holds for T = ``num_tokens`` <= 2B."""
+        """Whether all tokens see each other (if causal: all earlier ones). So it is for T = ``num_tokens`` <= 2B."""
         return num_tokens <= 2 * self.block_size
 
     def num_blocks(self, num_tokens: int) -> int:
@@ -124,14 +132,15 @@ class LSGPattern:
     def local_window(self, block: int) -> tuple[int, int]:
         """The range [start, stop) of tokens that ``block`` sees. It may extend past either end of the sequence.
 
-        Token 0 is the first token after the globals.
+        Token 0 is the first token after the globals. A causal window stops with the block itself, of which each query
+        sees only what precedes it.
         """
-        return (block - 1) * self.block_size, (block + 2) * self.block_size
+        return (block - 1) * self.block_size, (block + (1 if self.causal else 2)) * self.block_size
 
     def sparse_windows(self, block: int, reach: int | None = None) -> tuple[tuple[int, int], tuple[int, int]]:
         """The ranges [start, stop) of compressed keys that ``block`` sees to its left and right.
 
-        They may lie past either end of the sequence.
+        They may lie past either end of the sequence. The right one is empty if the pattern is causal.
 
         Args:
             block: the index of the block.
@@ -140,7 +149,7 @@ class LSGPattern:
         """
         reach = self.sparse_block_size if reach is None else reach
         left, right = (block - 1) * self.step, (block + 2) * self.step
-        return (left - reach, left), (right, right + reach)
+        return (left - reach, left), (right, right + (0 if self.causal else reach))
 
 
 _MINIMUM = {

@@ -30,14 +30,15 @@ def visible_tokens(pattern: LSGPattern, length: int) -> Tensor:
     """(length, length) bool: which of the G+T tokens (columns) each query (row) sees as they are."""
     first, num_tokens = pattern.num_global_tokens, length - pattern.num_global_tokens
     if pattern.is_dense(num_tokens):
-        return torch.ones(length, length, dtype=torch.bool)
+        visible = torch.ones(length, length, dtype=torch.bool)
+        return visible & _not_later(pattern, length) if pattern.causal else visible
     visible = torch.zeros(length, length, dtype=torch.bool)
     visible[:first] = True
     visible[:, :first] = True
     for block, rows in _blocks(pattern, length):
         start, stop = pattern.local_window(block)
         visible[rows, first + max(start, 0) : first + stop] = True
-    return visible
+    return visible & _not_later(pattern, length) if pattern.causal else visible
 
 
 def visible_slots(pattern: LSGPattern, length: int) -> Tensor:
@@ -56,6 +57,12 @@ def visible_in_slots(slots: Tensor, compression: Compression, head: int) -> Tens
     ``slots``: (queries, N), rows of :func:`visible_slots`.
     """
     return slots[:, compression.slot[0, head]] & (compression.weight[0, head] > 0)
+
+
+def _not_later(pattern: LSGPattern, length: int) -> Tensor:
+    """(length, length) bool: which tokens (columns) are global, or no later than the query's own (row)."""
+    index = torch.arange(length)
+    return (index < pattern.num_global_tokens) | (index <= index[:, None])
 
 
 def _blocks(pattern: LSGPattern, length: int) -> list[tuple[int, slice]]:

@@ -20,8 +20,11 @@ HEADS = 3
 
 
 @st.composite
-def patterns(draw, types=SPARSITY_TYPES, max_sparse=2.5):
-    """Valid patterns with blocks of 1 to 12, also with s not a multiple of the step, f = 1, f = B, s = 0."""
+def patterns(draw, types=SPARSITY_TYPES, max_sparse=2.5, causal=False):
+    """Valid patterns with blocks of 1 to 12, also with s not a multiple of the step, f = 1, f = B, s = 0.
+
+    ``causal``: True, False, or None for both.
+    """
     block_size = draw(st.sampled_from([1, 2, 4, 6, 8, 12]))
     factors = [f for f in range(1, block_size + 1) if block_size % f == 0]
     try:
@@ -33,6 +36,7 @@ def patterns(draw, types=SPARSITY_TYPES, max_sparse=2.5):
             num_global_tokens=draw(st.integers(0, block_size + 2)),
             lsh_num_pre_rounds=draw(st.integers(0, 2)),
             lsh_seed=draw(st.integers(0, 3)),
+            causal=draw(st.booleans()) if causal is None else causal,
         )
     except ValueError:
         assume(False)

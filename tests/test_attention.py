@@ -27,7 +27,7 @@ def assert_all_close(got, expected, tolerance=1e-10):
         assert_close(name, got[name], x, tolerance)
 
 
-@given(cases())
+@given(cases(causal=None))
 @settings(max_examples=250)
 def test_torch_equals_reference(case):
     inputs = inputs_of(case)
@@ -84,6 +84,35 @@ def test_no_sparse_keys_is_local_attention(implementation, case):
 
 
 @each_implementation
+@given(cases(causal=True), st.data())
+def test_a_causal_pattern_sees_no_later_token(implementation, case, data):
+    """New tokens from any position on change no earlier row, nor any global's, nor their gradients."""
+    pattern, length, _ = case
+    first = data.draw(st.integers(pattern.num_global_tokens, length - 1))
+    inputs = inputs_of(case)
+    changed = Inputs(*(torch.cat([x[:, :, :first], x[:, :, first:] * -3 + 1], dim=2) for x in inputs[:3]), *inputs[3:])
+    changed.dout[:, :, first:] = 0
+    inputs.dout[:, :, first:] = 0
+    expected, got = (run_attention(x, pattern, implementation=implementation) for x in (inputs, changed))
+    before = [{name: x[:, :, :first] for name, x in results.items()} for results in (got, expected)]
+    assert_all_close(*before)
+    assert not any(got[name][:, :, first:].any() for name in ("dquery", "dkey", "dvalue"))
+
+
+@each_implementation
+@given(cases(causal=True), st.integers(0, 9))
+def test_short_causal_sequences_are_causal_dense_attention(implementation, case, cut):
+    pattern, _, padding = case
+    first = pattern.num_global_tokens
+    length = first + max(2 * pattern.block_size - cut, 1)
+    inputs = inputs_of((pattern, length, padding), num_kept=first + 1)
+    visible = torch.ones(length, length, dtype=torch.bool).tril()
+    visible[:, :first] = True
+    out = sdpa(*inputs[:3], attn_mask=visible & inputs.attention_mask[:, None, None, :])
+    assert_close("out", run_attention(inputs, pattern, implementation=implementation)["out"], out)
+
+
+@each_implementation
 @given(cases(), st.integers(0, 9))
 def test_short_sequences_are_dense_attention(implementation, case, cut):
     pattern, _, padding = case
@@ -109,7 +138,7 @@ def test_factor_one_and_a_long_reach_is_dense_attention(implementation, sparsity
 
 
 @each_implementation
-@given(cases(), st.integers(1, 20))
+@given(cases(causal=None), st.integers(1, 20))
 def test_padding_on_the_right_changes_nothing(implementation, case, extra):
     """Even if a short sequence, which is dense, becomes long enough for blocks."""
     pattern, length, _ = case
@@ -127,7 +156,7 @@ def test_padding_on_the_right_changes_nothing(implementation, case, extra):
 
 
 @each_implementation
-@given(cases())
+@given(cases(causal=None))
 def test_permuting_the_batch_permutes_the_output(implementation, case):
     inputs = inputs_of(case, batch=3)
     order = torch.tensor([2, 0, 1])
@@ -137,7 +166,7 @@ def test_permuting_the_batch_permutes_the_output(implementation, case):
 
 
 @each_implementation
-@given(cases())
+@given(cases(causal=None))
 def test_rows_that_see_nothing_are_zero(implementation, case):
     pattern, length, _ = case
     inputs = inputs_of((pattern, length, "all"))  # the globals are masked too
@@ -146,7 +175,7 @@ def test_rows_that_see_nothing_are_zero(implementation, case):
 
 
 @each_implementation
-@given(cases())
+@given(cases(causal=None))
 def test_garbage_in_padding_never_matters(implementation, case):
     pattern, _, _ = case
     # bos_pooling weights by the first token's query, even if that is padding
@@ -173,9 +202,9 @@ def test_lsh_repeats_with_its_seed(implementation):
 
 @each_implementation
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
-@pytest.mark.parametrize("tokens", [7, 17])
-def test_dropout_is_the_same_in_backward(implementation, sparsity_type, tokens):
-    pattern = LSGPattern(4, 4, 2, sparsity_type, num_global_tokens=2)
+@pytest.mark.parametrize(("tokens", "causal"), [(7, False), (17, False), (17, True)])
+def test_dropout_is_the_same_in_backward(implementation, sparsity_type, tokens, causal):
+    pattern = LSGPattern(4, 4, 2, sparsity_type, num_global_tokens=2, causal=causal)
     inputs = make_inputs(2, 2, 2 + tokens, 3, F64, "right")
     options = {"attention_mask": inputs.attention_mask, "dropout_p": 0.4, "implementation": implementation}
 

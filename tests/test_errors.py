@@ -30,6 +30,7 @@ def qkv(*shape, dtype=torch.float32):
         ({"num_global_tokens": -1}, ValueError, "num_global_tokens: expected an int >= 0, got -1"),
         ({"lsh_num_pre_rounds": -1}, ValueError, "lsh_num_pre_rounds: expected an int >= 0, got -1"),
         ({"lsh_seed": 1 << 63}, ValueError, "lsh_seed: expected an int below 2**63"),
+        ({"causal": 1}, TypeError, "causal: expected a bool, got int"),
         ({"lsh_seed": None}, TypeError, "lsh_seed: expected an int, got None (NoneType)"),
         ({"sparsity_type": "mean"}, ValueError, "got 'mean'"),
         ({"sparsity_type": None}, TypeError, "sparsity_type: expected a str, got NoneType"),

@@ -30,8 +30,9 @@ class PlannedCall:
 
     def launches(self) -> list[tuple[str, Launch]]:
         """The launches, each with its pass: "forward" or "backward"."""
-        sizes = {"block_size": self.block_size, "sparse_block_size": self.block_size}
-        pattern = LSGPattern(sparsity_type=self.sparsity_type, num_global_tokens=self.num_globals, **sizes)
+        pattern = LSGPattern(
+            self.block_size, self.block_size, sparsity_type=self.sparsity_type, num_global_tokens=self.num_globals
+        )
         shape = (2, 16, self.num_globals + 4096, self.head_dim)
         call = meta_call(pattern, shape, self.dtype, self.has_mask, self.has_dropout)
         forward, backward = meta_passes(call, self.target)

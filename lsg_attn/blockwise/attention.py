@@ -142,7 +142,12 @@ class _Probabilities:
             # the least finite number and not -inf, which would make a row NaN that sees nothing
             bias = torch.zeros_like(visible, dtype=scores.dtype)
             blocks[:, start:stop].add_(bias.masked_fill_(~visible, torch.finfo(scores.dtype).min))
-        return torch.softmax(scores, dim=-1, out=scores)
+        if tile.later is None:
+            return torch.softmax(scores, dim=-1, out=scores)
+        own = scores[..., -tile.later.shape[1] :].masked_fill_(tile.later, torch.finfo(scores.dtype).min)
+        torch.softmax(scores, dim=-1, out=scores)
+        own.masked_fill_(tile.later, 0)  # again, as a query that sees nothing spreads evenly, and not only over zeros
+        return scores
 
     def dropout_mask(self, probs: Tensor) -> Tensor | None:
         """The next mask, shaped as ``probs``: 0 with probability p, else 1 / (1 - p). None without dropout."""

@@ -47,7 +47,8 @@ class Tile:
 
     ``key, value``: (heads * blocks, window, head_dim). ``visible``: (heads or 1, blocks, window) bool; ``clipped``: the
     runs [start, stop) of blocks in which not all of it is true. ``first_block`` is None where the one block's window is
-    the whole sequence.
+    the whole sequence. ``later``: (size, columns) bool, which of the window's last columns come later than each query;
+    None unless the pattern is causal.
     """
 
     layout: Layout
@@ -59,6 +60,7 @@ class Tile:
     value: Tensor
     visible: Tensor
     clipped: list[tuple[int, int]]
+    later: Tensor | None
 
     def load(self, x: Tensor, out: Tensor) -> Tensor:
         """Copy the tile's queries of x (heads, G+T, head_dim) to out (heads, queries, head_dim), zeros past the end.
@@ -131,13 +133,15 @@ class Sweep:
         key, value = part.rows[:, layout.sequence].unflatten(0, (2, heads))
         clipped = [(0, 1)] if part.has_padding else []
         for start, stop in _spans(layout.num_dense, self.budget // max(heads * length, 1)):
-            yield Tile(layout, start, stop, stop - start, None, key, value, part.keep[None, None], clipped)
+            later = self._later(start, stop)
+            yield Tile(layout, start, stop, stop - start, None, key, value, part.keep[None, None], clipped, later)
+        later = self._later_in_block()
         for block, end in _spans(layout.num_blocks, self.budget // (heads * self.scores_of_block)):
             window = self.work.empty("window", 2 * heads, end - block, layout.window, head_dim)
             key, value = layout.gather(part.rows, block, window).view(2, -1, layout.window, head_dim)
             clipped = _runs(part.clipped[block:end])
             start, stop = first + block * size, min(first + end * size, length)
-            yield Tile(layout, start, stop, size, block, key, value, part.visible[:, block:end], clipped)
+            yield Tile(layout, start, stop, size, block, key, value, part.visible[:, block:end], clipped, later)
 
     def load(self, tile: Tile, name: str, x: Tensor) -> Tensor:
         """The tile's queries (heads * blocks, size, head_dim) of x (heads, G+T, head_dim), in the memory ``name``."""
@@ -169,6 +173,20 @@ class Sweep:
             sequence.masked_fill_(~part.keep.unsqueeze(-1), 0)
         for grad, rows in zip((dkey, dvalue), sequence.split(heads), strict=True):
             part.of(grad).copy_(rows)
+
+    def _later(self, start: int, stop: int) -> Tensor | None:
+        """(stop - start, G+T) bool: which positions are tokens later than each position from ``start`` to ``stop``."""
+        if not self.call.pattern.causal:
+            return None
+        index = torch.arange(self.layout.length, device=self.keep.device)
+        return (index >= self.call.pattern.num_global_tokens) & (index > index[start:stop, None])
+
+    def _later_in_block(self) -> Tensor | None:
+        """(B, B) bool: which tokens of a block, the last of its window, are later than each token of the block."""
+        if not self.call.pattern.causal:
+            return None
+        index = torch.arange(self.call.pattern.block_size, device=self.keep.device)
+        return index > index[:, None]
 
     def _visible(self, entry: int) -> Tensor:
         """(heads, blocks, window) bool of one batch entry."""
