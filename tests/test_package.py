@@ -99,7 +99,7 @@ def metadata(installed):
 
 def test_wheel_works_where_the_checkout_is_not(installed):
     assert (installed / "lsg_attn/py.typed").exists()
-    assert (installed / "lsg_attn/bart/modeling.py").exists()
+    assert (installed / "lsg_attn/models/bart.py").exists()
     code = (
         f"import sys; sys.path.insert(0, {str(installed)!r})\n"
         "import torch, lsg_attn, lsg_attn.kernels, lsg_attn.fused.forward\n"

@@ -96,8 +96,8 @@ class LSGEncoder(_Ours, EncoderPeer):
 
 def lsg_encoder(case: TimedCase, implementation: str) -> Any:
     """LSG-BART's encoder with a case's size and pattern."""
-    from lsg_attn.bart import LSGBartConfig
-    from lsg_attn.bart.modeling import LSGBartEncoder
+    from lsg_attn.models import LSGBartConfig
+    from lsg_attn.models.bart import LSGBartEncoder
 
     config = LSGBartConfig(
         **bart_sizes(case.size),

@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig
 
-from ..bart.configuration import LSGBartConfig
-from ..bart.conversion import convert, load_tokenizer
-from ..bart.modeling import LSGBartForConditionalGeneration
+from ..models.bart import LSGBartForConditionalGeneration
+from ..models.configuration import LSGBartConfig
+from ..models.conversion import convert, load_tokenizer
 from .document import read_document
 from .measure import measure
 from .output import memory_cell, print_table

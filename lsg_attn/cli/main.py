@@ -93,7 +93,7 @@ def _flag(key: str) -> str:
 
 def _convert(options: argparse.Namespace) -> None:
     _need_transformers("convert")
-    from ..bart.conversion import CHECKPOINT_STEPS, convert_checkpoint, load_tokenizer
+    from ..models.conversion import CHECKPOINT_STEPS, convert_checkpoint, load_tokenizer
 
     arguments = {key: value for key, value in vars(options).items() if key != "run"}
     if options.tokenizer is not None:

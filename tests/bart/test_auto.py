@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, BartC
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lsg_attn.bart import LSGBartConfig
-from lsg_attn.bart.auto import register
+from lsg_attn.models.auto import register
 
 PAIRS = {
     "AutoModel": "Model",

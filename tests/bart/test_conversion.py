@@ -20,8 +20,8 @@ from transformers import (
 
 import lsg_attn.bart
 from lsg_attn.bart import LSGBartConfig, LSGBartForConditionalGeneration, convert, convert_checkpoint
-from lsg_attn.bart.conversion import repeat_positions, spread_positions
 from lsg_attn.cli.main import main
+from lsg_attn.models.conversion import repeat_positions, spread_positions
 
 AS_CONVERTED = {"num_global_tokens": 4, "block_size": 32, "sparse_block_size": 32}
 GLOBALS = "model.encoder.global_embeddings.weight"

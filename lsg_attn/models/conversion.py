@@ -25,14 +25,14 @@ from transformers import (
 from transformers.utils.hub import has_file
 
 from ..checks import integer, type_name
-from .configuration import GLOBAL_ROWS, LSG_KEYS, LSGBartConfig, is_published_lsg
-from .modeling import (
+from .bart import (
     LSGBartForConditionalGeneration,
     LSGBartForQuestionAnswering,
     LSGBartForSequenceClassification,
     LSGBartModel,
     LSGBartPreTrainedModel,
 )
+from .configuration import GLOBAL_ROWS, LSG_KEYS, LSGBartConfig, is_published_lsg
 
 CHECKPOINT_STEPS = ("convert", "write", "check")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "sentencepiece.bpe.model", "spiece.model")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import fields
 from typing import Any
 
 from transformers import BartConfig
@@ -12,7 +12,7 @@ from ..functional import check_implementation
 from ..pattern import LSGPattern
 
 GLOBAL_ROWS = 512  # rows of encoder.global_embeddings in every checkpoint; a model uses the first G
-_PATTERN_KEYS = tuple(field.name for field in fields(LSGPattern))
+_PATTERN_KEYS = tuple(field.name for field in fields(LSGPattern) if field.name != "causal")
 _FLAGS = ("adaptive", "mask_first_token", "pass_global_tokens_to_decoder", "pool_with_global")
 LSG_KEYS = (*_PATTERN_KEYS, *_FLAGS, "attention_implementation")
 
@@ -73,8 +73,9 @@ class LSGBartConfig(BartConfig):
         self.pool_with_global = pool_with_global
         self.adaptive = adaptive
         self.attention_implementation = attention_implementation
-        for key, value in asdict(self.lsg_pattern()).items():
-            setattr(self, key, value)  # a numpy integer becomes an int, which JSON can store
+        pattern = self.lsg_pattern()
+        for key in _PATTERN_KEYS:
+            setattr(self, key, getattr(pattern, key))  # a numpy integer becomes an int, which JSON can store
 
     def lsg_pattern(self) -> LSGPattern:
         """The encoder's pattern, after the current values of all the encoder's keys have been checked.

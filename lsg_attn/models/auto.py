@@ -19,14 +19,14 @@ from transformers import (
     BartTokenizerFast,
 )
 
-from .configuration import LSGBartConfig, is_published_lsg, upgrade_config_dict
-from .modeling import (
+from .bart import (
     LSGBartForCausalLM,
     LSGBartForConditionalGeneration,
     LSGBartForQuestionAnswering,
     LSGBartForSequenceClassification,
     LSGBartModel,
 )
+from .configuration import LSGBartConfig, is_published_lsg, upgrade_config_dict
 
 _PLAIN_CONFIG: Any = CONFIG_MAPPING[BartConfig.model_type]  # BartConfig, unless other code registered its own
 
