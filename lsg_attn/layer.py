@@ -73,6 +73,11 @@ class LSGAttention(nn.Module):
             ValueError: ``hidden_states`` has the wrong shape, is on another device than the parameters or, except under
                 autocast, has another dtype; the mask does not fit; or the implementation cannot run.
         """
+        projected: Tensor = self.out_proj(self.attend(hidden_states, attention_mask))
+        return projected
+
+    def attend(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """:meth:`forward` without its last projection."""
         self._check_input(hidden_states)
         query, key, value = self.project(hidden_states)
         out = lsg_attention(
@@ -84,27 +89,31 @@ class LSGAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             implementation=self.implementation,
         )
-        projected: Tensor = self.out_proj(rearrange(out, "batch heads length dim -> batch length (heads dim)"))
-        return projected
+        return rearrange(out, "batch heads length dim -> batch length (heads dim)")
 
     def _check_input(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"hidden_states: expected a torch.Tensor, got {type_name(x)}")
         if x.dim() != 3 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"hidden_states: expected shape (batch, G+T, {self.embed_dim}), got {tuple(x.shape)}")
-        if type(self.q_proj) is not nn.Linear or self.q_proj.weight.is_meta:
+        projection = self.projections()[0]
+        if type(projection) is not nn.Linear or projection.weight.is_meta:
             return  # adapters and quantised projections check their own input; offloaded weights are loaded in the call
-        weight = self.q_proj.weight
+        weight = projection.weight
         if x.device != weight.device:
             raise ValueError(f"hidden_states: expected the parameters' device {weight.device}, got {x.device}")
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"hidden_states: expected the parameters' dtype {weight.dtype}, got {x.dtype}")
 
+    def projections(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """The modules that make queries, keys and values."""
+        return self.q_proj, self.k_proj, self.v_proj
+
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values (batch, num_heads, G+T, head_dim) of hidden_states (batch, G+T, embed_dim)."""
         query, key, value = (
             rearrange(proj(hidden_states), "batch length (heads dim) -> batch heads length dim", heads=self.num_heads)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            for proj in self.projections()
         )
         return query, key, value
 

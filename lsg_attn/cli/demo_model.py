@@ -10,8 +10,7 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig
 
-from ..models.bart import LSGBartForConditionalGeneration
-from ..models.configuration import LSGBartConfig
+from ..models.bart import LSGBartConfig, LSGBartForConditionalGeneration
 from ..models.conversion import convert, load_tokenizer
 from .document import read_document
 from .measure import measure

@@ -93,7 +93,8 @@ def _flag(key: str) -> str:
 
 def _convert(options: argparse.Namespace) -> None:
     _need_transformers("convert")
-    from ..models.conversion import CHECKPOINT_STEPS, convert_checkpoint, load_tokenizer
+    from ..models.checkpoint import CHECKPOINT_STEPS, convert_checkpoint
+    from ..models.conversion import load_tokenizer
 
     arguments = {key: value for key, value in vars(options).items() if key != "run"}
     if options.tokenizer is not None:

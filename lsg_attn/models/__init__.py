@@ -1,4 +1,7 @@
-"""LSG-BART for transformers. Importing this package registers LSG-BART with the Auto classes."""
+"""LSG models for transformers, of every family that lsg-converter has.
+
+Importing this package registers them with the Auto classes, which then load published LSG checkpoints as LSG models.
+"""
 
 import transformers
 from packaging.version import Version
@@ -7,24 +10,175 @@ if (found := Version(transformers.__version__)) < Version("4.44.2") or found == 
     # transformers 5.0.0 does not tie the weights of old .bin checkpoints
     raise ImportError(f"lsg_attn.models: expected transformers >= 4.44.2 other than 5.0.0, got {found}")
 
+from .albert import (
+    LSGAlbertConfig,
+    LSGAlbertForMaskedLM,
+    LSGAlbertForMultipleChoice,
+    LSGAlbertForPreTraining,
+    LSGAlbertForQuestionAnswering,
+    LSGAlbertForSequenceClassification,
+    LSGAlbertForTokenClassification,
+    LSGAlbertModel,
+)
 from .auto import register
 from .bart import (
+    LSGBartConfig,
     LSGBartForCausalLM,
     LSGBartForConditionalGeneration,
     LSGBartForQuestionAnswering,
     LSGBartForSequenceClassification,
     LSGBartModel,
 )
-from .configuration import LSGBartConfig
-from .conversion import convert, convert_checkpoint
+from .bert import (
+    LSGBertConfig,
+    LSGBertForMaskedLM,
+    LSGBertForMultipleChoice,
+    LSGBertForNextSentencePrediction,
+    LSGBertForPreTraining,
+    LSGBertForQuestionAnswering,
+    LSGBertForSequenceClassification,
+    LSGBertForTokenClassification,
+    LSGBertLMHeadModel,
+    LSGBertModel,
+)
+from .checkpoint import convert_checkpoint
+from .conversion import convert
+from .distilbert import (
+    LSGDistilBertConfig,
+    LSGDistilBertForMaskedLM,
+    LSGDistilBertForMultipleChoice,
+    LSGDistilBertForQuestionAnswering,
+    LSGDistilBertForSequenceClassification,
+    LSGDistilBertForTokenClassification,
+    LSGDistilBertModel,
+)
+from .electra import (
+    LSGElectraConfig,
+    LSGElectraForCausalLM,
+    LSGElectraForMaskedLM,
+    LSGElectraForMultipleChoice,
+    LSGElectraForPreTraining,
+    LSGElectraForQuestionAnswering,
+    LSGElectraForSequenceClassification,
+    LSGElectraForTokenClassification,
+    LSGElectraModel,
+)
+from .mbart import (
+    LSGMBartConfig,
+    LSGMBartForCausalLM,
+    LSGMBartForConditionalGeneration,
+    LSGMBartForQuestionAnswering,
+    LSGMBartForSequenceClassification,
+    LSGMBartModel,
+)
+from .pegasus import (
+    LSGPegasusConfig,
+    LSGPegasusForCausalLM,
+    LSGPegasusForConditionalGeneration,
+    LSGPegasusModel,
+)
+from .roberta import (
+    LSGCamembertConfig,
+    LSGCamembertForCausalLM,
+    LSGCamembertForMaskedLM,
+    LSGCamembertForMultipleChoice,
+    LSGCamembertForQuestionAnswering,
+    LSGCamembertForSequenceClassification,
+    LSGCamembertForTokenClassification,
+    LSGCamembertModel,
+    LSGRobertaConfig,
+    LSGRobertaForCausalLM,
+    LSGRobertaForMaskedLM,
+    LSGRobertaForMultipleChoice,
+    LSGRobertaForQuestionAnswering,
+    LSGRobertaForSequenceClassification,
+    LSGRobertaForTokenClassification,
+    LSGRobertaModel,
+    LSGXLMRobertaConfig,
+    LSGXLMRobertaForCausalLM,
+    LSGXLMRobertaForMaskedLM,
+    LSGXLMRobertaForMultipleChoice,
+    LSGXLMRobertaForQuestionAnswering,
+    LSGXLMRobertaForSequenceClassification,
+    LSGXLMRobertaForTokenClassification,
+    LSGXLMRobertaModel,
+)
 
 __all__ = [
+    "LSGAlbertConfig",
+    "LSGAlbertForMaskedLM",
+    "LSGAlbertForMultipleChoice",
+    "LSGAlbertForPreTraining",
+    "LSGAlbertForQuestionAnswering",
+    "LSGAlbertForSequenceClassification",
+    "LSGAlbertForTokenClassification",
+    "LSGAlbertModel",
     "LSGBartConfig",
     "LSGBartForCausalLM",
     "LSGBartForConditionalGeneration",
     "LSGBartForQuestionAnswering",
     "LSGBartForSequenceClassification",
     "LSGBartModel",
+    "LSGBertConfig",
+    "LSGBertForMaskedLM",
+    "LSGBertForMultipleChoice",
+    "LSGBertForNextSentencePrediction",
+    "LSGBertForPreTraining",
+    "LSGBertForQuestionAnswering",
+    "LSGBertForSequenceClassification",
+    "LSGBertForTokenClassification",
+    "LSGBertLMHeadModel",
+    "LSGBertModel",
+    "LSGCamembertConfig",
+    "LSGCamembertForCausalLM",
+    "LSGCamembertForMaskedLM",
+    "LSGCamembertForMultipleChoice",
+    "LSGCamembertForQuestionAnswering",
+    "LSGCamembertForSequenceClassification",
+    "LSGCamembertForTokenClassification",
+    "LSGCamembertModel",
+    "LSGDistilBertConfig",
+    "LSGDistilBertForMaskedLM",
+    "LSGDistilBertForMultipleChoice",
+    "LSGDistilBertForQuestionAnswering",
+    "LSGDistilBertForSequenceClassification",
+    "LSGDistilBertForTokenClassification",
+    "LSGDistilBertModel",
+    "LSGElectraConfig",
+    "LSGElectraForCausalLM",
+    "LSGElectraForMaskedLM",
+    "LSGElectraForMultipleChoice",
+    "LSGElectraForPreTraining",
+    "LSGElectraForQuestionAnswering",
+    "LSGElectraForSequenceClassification",
+    "LSGElectraForTokenClassification",
+    "LSGElectraModel",
+    "LSGMBartConfig",
+    "LSGMBartForCausalLM",
+    "LSGMBartForConditionalGeneration",
+    "LSGMBartForQuestionAnswering",
+    "LSGMBartForSequenceClassification",
+    "LSGMBartModel",
+    "LSGPegasusConfig",
+    "LSGPegasusForCausalLM",
+    "LSGPegasusForConditionalGeneration",
+    "LSGPegasusModel",
+    "LSGRobertaConfig",
+    "LSGRobertaForCausalLM",
+    "LSGRobertaForMaskedLM",
+    "LSGRobertaForMultipleChoice",
+    "LSGRobertaForQuestionAnswering",
+    "LSGRobertaForSequenceClassification",
+    "LSGRobertaForTokenClassification",
+    "LSGRobertaModel",
+    "LSGXLMRobertaConfig",
+    "LSGXLMRobertaForCausalLM",
+    "LSGXLMRobertaForMaskedLM",
+    "LSGXLMRobertaForMultipleChoice",
+    "LSGXLMRobertaForQuestionAnswering",
+    "LSGXLMRobertaForSequenceClassification",
+    "LSGXLMRobertaForTokenClassification",
+    "LSGXLMRobertaModel",
     "convert",
     "convert_checkpoint",
 ]

@@ -1,71 +1,86 @@
-"""Registration with transformers' Auto classes: LSG-BART checkpoints never load as plain BART."""
+"""Registration with transformers' Auto classes: LSG checkpoints never load as plain models."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BartConfig,
-    BartTokenizer,
-    BartTokenizerFast,
+import transformers
+from transformers import CONFIG_MAPPING, TOKENIZER_MAPPING, AutoConfig, AutoTokenizer
+
+from .families import FAMILIES
+from .family import Family
+
+_AUTO_CLASSES = (
+    "AutoModel",
+    "AutoModelForPreTraining",
+    "AutoModelForMaskedLM",
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForMultipleChoice",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForNextSentencePrediction",
 )
-
-from .bart import (
-    LSGBartForCausalLM,
-    LSGBartForConditionalGeneration,
-    LSGBartForQuestionAnswering,
-    LSGBartForSequenceClassification,
-    LSGBartModel,
-)
-from .configuration import LSGBartConfig, is_published_lsg, upgrade_config_dict
-
-_PLAIN_CONFIG: Any = CONFIG_MAPPING[BartConfig.model_type]  # BartConfig, unless other code registered its own
-
-
-class BartOrLSGConfig(BartConfig):
-    """The class that AutoConfig uses for "bart": an LSGBartConfig for an lsg-converter checkpoint, else a BartConfig.
-
-    The class has no instances. It changes the result only for checkpoints that lsg-converter wrote.
-    """
-
-    # transformers prefers a class registered from outside transformers to a repository's own code, even with
-    # trust_remote_code=True. With the plain class's module, BART repositories keep their own code.
-    __module__ = _PLAIN_CONFIG.__module__
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """Return a plain configuration, as ``AutoConfig.for_model("bart")`` must."""
-        return _PLAIN_CONFIG(*args, **kwargs)
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Read the contents of a ``config.json`` into an LSGBartConfig or a plain configuration."""
-        if is_published_lsg(config_dict):
-            return LSGBartConfig.from_dict(upgrade_config_dict(config_dict), **kwargs)
-        return _PLAIN_CONFIG.from_dict(config_dict, **kwargs)
+_registered: set[str] = set()
 
 
 def register() -> None:
-    """Register LSG-BART with the Auto classes. A second call changes nothing."""
-    AutoConfig.register(LSGBartConfig.model_type, LSGBartConfig, exist_ok=True)
-    AutoConfig.register(BartConfig.model_type, BartOrLSGConfig, exist_ok=True)
-    for auto_class, model_class in (
-        (AutoModel, LSGBartModel),
-        (AutoModelForCausalLM, LSGBartForCausalLM),
-        (AutoModelForMaskedLM, LSGBartForConditionalGeneration),
-        (AutoModelForQuestionAnswering, LSGBartForQuestionAnswering),
-        (AutoModelForSeq2SeqLM, LSGBartForConditionalGeneration),
-        (AutoModelForSequenceClassification, LSGBartForSequenceClassification),
-    ):
-        auto_class.register(LSGBartConfig, model_class, exist_ok=True)
-    AutoTokenizer.register(
-        LSGBartConfig, slow_tokenizer_class=BartTokenizer, fast_tokenizer_class=BartTokenizerFast, exist_ok=True
-    )
+    """Register all families with the Auto classes. A second call changes nothing."""
+    for family in FAMILIES:
+        if family.model_type not in _registered:
+            _registered.add(family.model_type)
+            _register_models(family)
+            _register_tokenizers(family)
+            _register_configurations(family)
+
+
+def _register_models(family: Family) -> None:
+    """An Auto class that gives a plain model gives the LSG model of the same name, too."""
+    by_plain_class = {cls.plain_class: cls for cls in family.models}
+    for name in _AUTO_CLASSES:
+        auto_class = getattr(transformers, name)
+        plain_class = auto_class._model_mapping.get(family.config_class.plain_class, None)
+        if plain_class in by_plain_class:
+            auto_class.register(family.config_class, by_plain_class[plain_class], exist_ok=True)
+
+
+def _register_tokenizers(family: Family) -> None:
+    """The tokenizers of the plain model: a pair of classes, slow and fast; since transformers 5 one class."""
+    found = TOKENIZER_MAPPING.get(family.config_class.plain_class, None)
+    slow, fast = found if isinstance(found, tuple) else (found, None)
+    AutoTokenizer.register(family.config_class, slow_tokenizer_class=slow, fast_tokenizer_class=fast, exist_ok=True)
+
+
+def _register_configurations(family: Family) -> None:
+    AutoConfig.register(family.config_class.model_type, family.config_class, exist_ok=True)
+    AutoConfig.register(family.model_type, _plain_or_lsg(family), exist_ok=True)
+
+
+def _plain_or_lsg(family: Family) -> type[Any]:
+    """The class that AutoConfig uses for a plain model's type.
+
+    It has no instances. It changes the result only for checkpoints that lsg-converter wrote.
+    """
+    lsg_class = family.config_class
+    plain_class: Any = CONFIG_MAPPING[family.model_type]  # transformers', unless other code registered its own
+
+    def new(cls: type[Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Return a plain configuration, as ``AutoConfig.for_model`` must."""
+        return plain_class(*args, **kwargs)
+
+    def from_dict(cls: type[Any], /, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Read the contents of a ``config.json`` into an LSG or a plain configuration."""
+        if lsg_class.is_published(config_dict):
+            return lsg_class.from_dict(lsg_class.upgrade_config_dict(config_dict), **kwargs)
+        return plain_class.from_dict(config_dict, **kwargs)
+
+    namespace = {
+        "__doc__": _plain_or_lsg.__doc__,
+        # transformers prefers a class registered from outside transformers to a repository's own code, even with
+        # trust_remote_code=True. With the plain class's module, repositories keep their own code.
+        "__module__": plain_class.__module__,
+        "__new__": new,
+        "from_dict": classmethod(from_dict),
+    }
+    return type(f"{family.config_class.plain_class.__name__}OrLSG", (family.config_class.plain_class,), namespace)

@@ -213,7 +213,12 @@ def plain(**keys):
         (BASE, {"seed": "one"}, TypeError, "seed: expected an int"),
         (plain, {}, ValueError, "tokenizer: expected one with bos_token and mask_token, .* got NoneType"),
         (lambda: BartForCausalLM(plain().config), {}, ValueError, "expected one of BartModel, .* got BartForCausalLM"),
-        (lambda: torch.nn.Linear(2, 2), {}, TypeError, "expected a BART, a name or a directory, got Linear"),
+        (
+            lambda: torch.nn.Linear(2, 2),
+            {},
+            TypeError,
+            "expected a model of transformers, a name or a directory, got Linear",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(source, arguments, error, message):
@@ -226,8 +231,8 @@ def test_bad_arguments_are_refused(source, arguments, error, message):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"model_type": "mbart"}, "expected a BART or LSG-BART, got model_type 'mbart' .* not supported yet"),
-        ({"model_type": "pegasus"}, "expected a BART or LSG-BART, got model_type 'pegasus' .* not supported yet"),
+        ({"model_type": "t5"}, "expected one of BART, mBART, .*, or its LSG model, got model_type 't5' at "),
+        ({"model_type": None}, "expected one of BART, mBART, .*, or its LSG model, got model_type None at "),
         ({"architectures": ["BartForCausalLM"]}, "expected one of BartModel, .* got BartForCausalLM"),
     ],
 )

@@ -101,14 +101,20 @@ def test_masks_of_any_dtype(dtype):
 
 
 @torch.no_grad()
-def test_changing_the_configuration_does_not_change_a_model():
-    """A built model ignores later changes to its configuration."""
-    model, ids = tiny(num_global_tokens=2)
-    expected = model(ids, decoder_input_ids=ids[:, :5]).logits
-    changes = {"num_global_tokens": 3, "mask_first_token": True, "pass_global_tokens_to_decoder": False}
+def test_changing_the_configuration_changes_a_model():
+    """A built model follows later changes to its configuration, as if it had been built with them."""
+    changes = {"num_global_tokens": 3, "mask_first_token": True, "block_size": 8, "sparsity_type": "stride"}
+    changes |= {"pass_global_tokens_to_decoder": False}
+    (model, ids), (other, _) = tiny(num_global_tokens=2), tiny(**changes)
+    given = {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
+    before = model(**given).logits
     for key, value in changes.items():
         setattr(model.config, key, value)
-    assert torch.equal(model(ids, decoder_input_ids=ids[:, :5]).logits, expected)
+    assert torch.equal(model(**given).logits, other(**given).logits)
+    assert not torch.equal(before, other(**given).logits)
+    model.config.block_size = 9
+    with pytest.raises(ValueError, match="sparsity_factor must divide block_size"):
+        model(**given)
 
 
 @torch.no_grad()
@@ -172,7 +178,6 @@ def test_any_length_and_number_of_globals(length, sparsity_type):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"output_attentions": True}, "output_attentions: expected False, got True"),
         ({"head_mask": torch.ones(2, 4)}, "head_mask: expected None, got Tensor"),
         ({"inputs_embeds": torch.zeros(2, 101, 32)}, "exactly one of input_ids and inputs_embeds, got both"),
         ({"attention_mask": torch.ones(2, 103)}, r"attention_mask: expected shape"),
@@ -197,11 +202,22 @@ def test_bad_lengths_masks_and_missing_inputs_are_refused():
         model(encoder_outputs=states, attention_mask=mask, decoder_input_ids=ids[:, :3])
 
 
+@pytest.mark.parametrize("precomputed", [True, False])
 @torch.no_grad()
-def test_decoder_attentions_with_precomputed_encoder_outputs():
+def test_decoder_attentions(precomputed):
+    """The encoder has none, which one warning says."""
     model, ids = tiny(attn_implementation="eager")
-    states = model.get_encoder()(ids)
-    out = model(encoder_outputs=states, decoder_input_ids=ids[:, :5], output_attentions=True)
+    given = {"decoder_input_ids": ids[:, :5], "output_attentions": True}
+    if precomputed:
+        out = model(encoder_outputs=model.get_encoder()(ids), **given)
+    else:
+        with pytest.warns(UserWarning, match="output_attentions: the encoder's are None") as warned:
+            out = model(ids, **given)
+            words = model.generate(ids, max_new_tokens=3, output_attentions=True, return_dict_in_generate=True)
+        assert len(warned) == 2
+        assert len(words.cross_attentions) == len(words.decoder_attentions) == 3
+        assert words.encoder_attentions is None
+    assert out.encoder_attentions is None
     assert [x.shape for x in out.cross_attentions] == [(2, 4, 5, 102)] * 2
     assert [x.shape for x in out.decoder_attentions] == [(2, 4, 5, 5)] * 2
 

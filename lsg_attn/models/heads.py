@@ -1,0 +1,91 @@
+"""LSG models from transformers' own: what all of them share, and heads, which are transformers' own on an LSG body."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+from transformers import PreTrainedModel
+
+from ..checks import type_name
+
+
+class LSGModel(PreTrainedModel):
+    """What every LSG model has in common. Mixed into a model of transformers, its ``plain_class``."""
+
+    plain_class: ClassVar[type[Any]]
+    config_class: ClassVar[type[Any]]
+    has_global_tokens: ClassVar[bool] = True
+
+    def __init__(self, config: Any, **kwargs: Any) -> None:
+        check_config(config, self.config_class)
+        super().__init__(config, **kwargs)
+
+
+class LSGHead(LSGModel):
+    """A head of transformers on an LSG body of the class ``body_class``."""
+
+    body_class: ClassVar[type[Any]]
+
+    def __init__(self, config: Any) -> None:
+        check_config(config, self.config_class)
+        # transformers' constructor builds a plain body, which is replaced at once: one without layers costs little.
+        super().__init__(_without_layers(config))
+        self.config = config
+        plain = self.base_model
+        options = {"add_pooling_layer": plain.pooler is not None} if hasattr(plain, "pooler") else {}
+        setattr(self, self.base_model_prefix, self.body_class(config, **options))
+        self.post_init()
+
+
+def lsg_head(plain_class: type[Any], body_class: type[Any]) -> Any:
+    """transformers' model with a head, such as BertForMaskedLM, on an LSG body: ``LSGBertForMaskedLM``."""
+    name = f"LSG{plain_class.__name__}"
+    doc = f":class:`transformers.{plain_class.__name__}` on :class:`{body_class.__name__}`, for long documents."
+    namespace = {
+        "__module__": body_class.__module__,
+        "__doc__": doc,
+        "plain_class": plain_class,
+        "body_class": body_class,
+        "config_class": body_class.config_class,
+        "_no_split_modules": body_class._no_split_modules,
+    }
+    return type(name, (LSGHead, plain_class), namespace)
+
+
+def lsg_decoder(plain_class: type[Any], body_class: type[Any]) -> Any:
+    """transformers' decoder alone, such as BartForCausalLM, with the configuration of an LSG model.
+
+    It has no global tokens. A checkpoint of a whole model stores the embeddings as ``model.shared``, and like the plain
+    class, this one does not look there: transformers warns that the embeddings are newly initialised.
+    """
+    namespace = {
+        "__module__": body_class.__module__,
+        "__doc__": f":class:`transformers.{plain_class.__name__}` with an LSG model's configuration; see "
+        ":func:`lsg_attn.models.heads.lsg_decoder`.",
+        "plain_class": plain_class,
+        "config_class": body_class.config_class,
+        "has_global_tokens": False,
+    }
+    return type(f"LSG{plain_class.__name__}", (LSGModel, plain_class), namespace)
+
+
+def check_config(config: Any, expected: type[Any]) -> None:
+    """Check a model's configuration.
+
+    Raises:
+        TypeError: it is not of the class ``expected``.
+    """
+    if not isinstance(config, expected):
+        article = "an" if expected.__name__.startswith("LSG") else "a"
+        raise TypeError(f"config: expected {article} {expected.__name__}, got {type_name(config)}")
+
+
+def _without_layers(config: Any) -> Any:
+    """A copy of a configuration with no layers."""
+    shallow = copy.copy(config)
+    names = ("num_hidden_layers", "encoder_layers", "decoder_layers")
+    for name in names:
+        if hasattr(shallow, name):
+            setattr(shallow, name, 0)
+    return shallow
