@@ -211,10 +211,11 @@ def test_decoder_attentions(precomputed):
     if precomputed:
         out = model(encoder_outputs=model.get_encoder()(ids), **given)
     else:
-        with pytest.warns(UserWarning, match="output_attentions: the encoder's are None") as warned:
+        with pytest.warns(UserWarning, match="output_attentions: the encoder's are None"):
             out = model(ids, **given)
+        with pytest.warns(UserWarning, match="output_attentions: the encoder's are None") as warned:
             words = model.generate(ids, max_new_tokens=3, output_attentions=True, return_dict_in_generate=True)
-        assert len(warned) == 2
+        assert len(warned) == 1
         assert len(words.cross_attentions) == len(words.decoder_attentions) == 3
         assert words.encoder_attentions is None
     assert out.encoder_attentions is None
