@@ -63,6 +63,7 @@ from .electra import (
     LSGElectraForTokenClassification,
     LSGElectraModel,
 )
+from .interface import register_attention, use_lsg
 from .mbart import (
     LSGMBartConfig,
     LSGMBartForCausalLM,
@@ -181,6 +182,8 @@ __all__ = [
     "LSGXLMRobertaModel",
     "convert",
     "convert_checkpoint",
+    "use_lsg",
 ]
 
 register()
+register_attention()

@@ -257,8 +257,10 @@ def _load(path: str | Path, architecture: str | None) -> tuple[Family, Any, type
     config_class = family.config_class
     is_lsg = config_class.is_published(config_dict) or config_dict.get("model_type") == config_class.model_type
     model_class = target_class if is_lsg else target_class.plain_class
+    # a new head for spans has two labels, however many the directory's own head has
+    labels = {"num_labels": 2} if (architecture or "").endswith("ForQuestionAnswering") else {}
     try:
-        model, info = model_class.from_pretrained(path, output_loading_info=True, **SAVED_DTYPE)
+        model, info = model_class.from_pretrained(path, output_loading_info=True, **SAVED_DTYPE, **labels)
     except (RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"model_or_path: cannot load {path} as a {model_class.__name__}: {reason}") from error

@@ -38,7 +38,7 @@ class LSGHead(LSGModel):
         self.post_init()
 
 
-def lsg_head(plain_class: type[Any], body_class: type[Any]) -> Any:
+def lsg_head(plain_class: type[Any], body_class: type[Any], base: type[LSGHead] = LSGHead) -> Any:
     """transformers' model with a head, such as BertForMaskedLM, on an LSG body: ``LSGBertForMaskedLM``."""
     name = f"LSG{plain_class.__name__}"
     doc = f":class:`transformers.{plain_class.__name__}` on :class:`{body_class.__name__}`, for long documents."
@@ -49,8 +49,9 @@ def lsg_head(plain_class: type[Any], body_class: type[Any]) -> Any:
         "body_class": body_class,
         "config_class": body_class.config_class,
         "_no_split_modules": body_class._no_split_modules,
+        "supports_gradient_checkpointing": body_class.supports_gradient_checkpointing,
     }
-    return type(name, (LSGHead, plain_class), namespace)
+    return type(name, (base, plain_class), namespace)
 
 
 def lsg_decoder(plain_class: type[Any], body_class: type[Any]) -> Any:

@@ -37,7 +37,7 @@ from .bert import BERT
 from .configuration import lsg_config
 from .encoder import LSGEncoderModel
 from .family import Family
-from .heads import lsg_head
+from .heads import LSGHead, lsg_head
 
 LSGRobertaConfig = lsg_config("RoBERTa", RobertaConfig, __name__)
 LSGXLMRobertaConfig = lsg_config("XLM-RoBERTa", XLMRobertaConfig, __name__)
@@ -61,6 +61,16 @@ class RobertaModelWithPositions(LSGEncoderModel):
         return offset
 
 
+class RobertaCausalHead(LSGHead):
+    """A head that generates."""
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers, without ``position_ids``: they would count from 0, not from the model's first."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs.pop("position_ids", None)
+        return inputs
+
+
 class LSGRobertaModel(RobertaModelWithPositions, RobertaModel):
     """:class:`transformers.RobertaModel` with global tokens and LSG attention."""
 
@@ -79,21 +89,21 @@ class LSGCamembertModel(RobertaModelWithPositions, CamembertModel):
     plain_class, config_class = CamembertModel, LSGCamembertConfig
 
 
-LSGRobertaForCausalLM = lsg_head(RobertaForCausalLM, LSGRobertaModel)
+LSGRobertaForCausalLM = lsg_head(RobertaForCausalLM, LSGRobertaModel, RobertaCausalHead)
 LSGRobertaForMaskedLM = lsg_head(RobertaForMaskedLM, LSGRobertaModel)
 LSGRobertaForSequenceClassification = lsg_head(RobertaForSequenceClassification, LSGRobertaModel)
 LSGRobertaForMultipleChoice = lsg_head(RobertaForMultipleChoice, LSGRobertaModel)
 LSGRobertaForTokenClassification = lsg_head(RobertaForTokenClassification, LSGRobertaModel)
 LSGRobertaForQuestionAnswering = lsg_head(RobertaForQuestionAnswering, LSGRobertaModel)
 
-LSGXLMRobertaForCausalLM = lsg_head(XLMRobertaForCausalLM, LSGXLMRobertaModel)
+LSGXLMRobertaForCausalLM = lsg_head(XLMRobertaForCausalLM, LSGXLMRobertaModel, RobertaCausalHead)
 LSGXLMRobertaForMaskedLM = lsg_head(XLMRobertaForMaskedLM, LSGXLMRobertaModel)
 LSGXLMRobertaForSequenceClassification = lsg_head(XLMRobertaForSequenceClassification, LSGXLMRobertaModel)
 LSGXLMRobertaForMultipleChoice = lsg_head(XLMRobertaForMultipleChoice, LSGXLMRobertaModel)
 LSGXLMRobertaForTokenClassification = lsg_head(XLMRobertaForTokenClassification, LSGXLMRobertaModel)
 LSGXLMRobertaForQuestionAnswering = lsg_head(XLMRobertaForQuestionAnswering, LSGXLMRobertaModel)
 
-LSGCamembertForCausalLM = lsg_head(CamembertForCausalLM, LSGCamembertModel)
+LSGCamembertForCausalLM = lsg_head(CamembertForCausalLM, LSGCamembertModel, RobertaCausalHead)
 LSGCamembertForMaskedLM = lsg_head(CamembertForMaskedLM, LSGCamembertModel)
 LSGCamembertForSequenceClassification = lsg_head(CamembertForSequenceClassification, LSGCamembertModel)
 LSGCamembertForMultipleChoice = lsg_head(CamembertForMultipleChoice, LSGCamembertModel)

@@ -196,6 +196,8 @@ class LSGSeq2SeqModel(LSGModel):
         self.shared = self.encoder_class.word_embedding(config)
         self.encoder = self.encoder_class(config)
         self.decoder = self.decoder_class(config)
+        if isinstance(self._tied_weights_keys, list) and not hasattr(self, "_tie_weights"):
+            self.set_input_embeddings(self.shared)  # how transformers 4 ties Pegasus's embeddings
         self.post_init()
 
     def forward(

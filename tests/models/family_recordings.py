@@ -58,10 +58,15 @@ def tiny_config(family, **keys):
         sizes = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "initializer_range": 0.2}
         sizes |= {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0, "qa_dropout": 0.0}
     if family.title in ("ELECTRA", "ALBERT"):
-        sizes["embedding_size"] = 16
+        sizes |= {"embedding_size": 16, "summary_last_dropout": 0.0, "classifier_dropout_prob": 0.0}
     pattern = {"block_size": 16, "sparse_block_size": 16, "num_global_tokens": 3}
-    ids = {"bos_token_id": 3, "eos_token_id": 2, "pad_token_id": 1 if family.position_offset or family.counts_padding else 0}
-    return family.config_class(**sizes, vocab_size=99, max_position_embeddings=256, **pattern, **ids, **keys)
+    ids = {
+        "bos_token_id": 3,
+        "eos_token_id": 2,
+        "pad_token_id": 1 if family.position_offset or family.counts_padding else 0,
+    }
+    common = {"vocab_size": 99, "max_position_embeddings": 256}
+    return family.config_class(**{**sizes, **common, **pattern, **ids, **keys})
 
 
 def tiny(family, cls=None, **keys):
@@ -72,7 +77,7 @@ def tiny(family, cls=None, **keys):
 
 def document(batch=2, length=101, padding=30):
     """Ids (batch, length) without special ones, and a mask with padding at the end of the last row."""
-    ids = torch.randint(5, 99, (batch, length), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(5, 98, (batch, length), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     if padding:
         mask[-1, -padding:] = 0

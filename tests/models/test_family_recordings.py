@@ -33,7 +33,7 @@ def difference(got, expected, keep):
 
 
 def outputs(model, inputs):
-    """The model's outputs and, of a model with a head around an encoder alone, its base model's states and pooled state."""
+    """The model's outputs and, if it is a head on an encoder alone, its base model's."""
     out = dict(model(**inputs))
     if "decoder_input_ids" not in inputs and not model.config.is_encoder_decoder:
         out.update(model.base_model(**inputs))
