@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent
     r'^__version__ = "(.+)"', (ROOT / "lsg_attn/__init__.py").read_text(encoding="utf-8"), re.MULTILINE
 )
 MATPLOTLIB = "matplotlib>=3.7"
-PACKAGING = "packaging>=20"
+MODELS = ["packaging>=20", "safetensors>=0.4"]
 TRANSFORMERS = "transformers>=4.44.2,!=5.0.0"
 # torch's builds for GPUs require the one version of Triton they work with, ROCm's under another name; only its CPU
 # builds bring none. In the base requirements, PyPI's triton would conflict with the former or overwrite the latter.
@@ -49,7 +49,7 @@ setup(
     author="the lsg_attn authors",
     license="MIT",
     license_files=["LICENSE"],
-    keywords=["attention", "long context", "sparse attention", "transformers", "pytorch", "triton", "bart"],
+    keywords=["attention", "long context", "sparse attention", "transformers", "pytorch", "triton", "bart", "bert"],
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Developers",
@@ -75,7 +75,8 @@ setup(
         "torch>=2.8",
     ],
     extras_require={
-        "bart": [PACKAGING, TRANSFORMERS],
+        "bart": [*MODELS, TRANSFORMERS],
+        "models": [*MODELS, "transformers>=4.57.6,!=5.0.0"],
         "plot": [MATPLOTLIB],
         "triton": [TRITON],
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
@@ -89,7 +90,8 @@ setup(
             MATPLOTLIB,
             "mypy>=1.10",
             "numpy>=1.24",
-            PACKAGING,
+            *MODELS,
+            "peft>=0.17",
             "pytest>=8",
             "ruff>=0.12",
             "setuptools>=77",

@@ -146,20 +146,20 @@ def third_party(path):
 
 
 def test_requirements_are_what_modules_import(metadata):
-    """The base requirements are what the library imports; two extras add what lsg_attn.bart and the kernels import."""
+    """The base requirements are what the library imports; extras add what lsg_attn.models and the kernels import."""
     requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
 
     def required(extra):
         environment = {"sys_platform": "linux", "platform_machine": "x86_64", "extra": extra}
         return {x.name for x in requirements if x.marker is None or x.marker.evaluate(environment)}
 
-    imported = {"": set(), "bart": set(), "triton": set()}
+    imported = {"": set(), "models": set(), "triton": set()}
     for path in SOURCES:
-        is_bart = "bart" in path.parts or path.name == "demo_model.py"
-        extra = "bart" if is_bart else "triton" if {"fused", "kernels"} & set(path.parts) else ""
+        has_models = "models" in path.parts or path.name == "demo_model.py"
+        extra = "models" if has_models else "triton" if {"fused", "kernels"} & set(path.parts) else ""
         imported[extra] |= third_party(path)
     assert required("") == imported[""]
-    assert required("bart") == imported[""] | imported["bart"]
+    assert required("bart") == required("models") == imported[""] | imported["models"]
     assert required("triton") == imported[""] | imported["triton"]
 
 

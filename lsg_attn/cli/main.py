@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="run a long document through an LSG encoder with each sparsity type"))
-    _add_convert(commands.add_parser("convert", help="convert a BART checkpoint to an LSG-BART for long documents"))
+    _add_convert(commands.add_parser("convert", help="convert a checkpoint to an LSG model for long documents"))
     _add_pattern(commands.add_parser("pattern", help="draw which keys each query sees"))
     options = parser.parse_args(arguments)
     try:
@@ -57,12 +59,13 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="a BART or LSG-BART, by name or folder")
+    parser.add_argument("source", metavar="SRC", help="a model, plain or LSG, by name or folder")
     parser.add_argument("destination", metavar="DST", type=Path, help="the folder to create")
     parser.add_argument(
         "--max-length", type=int, default=4096, help="the longest document in tokens (default: %(default)s)"
     )
     parser.add_argument("--tokenizer", help="a tokenizer by name or folder, if SRC has none")
+    parser.add_argument("--architecture", help="the class to load SRC as (default: the one that SRC names)")
     parser.add_argument(
         "--random-global-init", action="store_true", help="draw the global tokens' embeddings at random"
     )
@@ -70,7 +73,18 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep-first-global-token",
         action="store_true",
-        help="of an LSG-BART: make all global tokens again except the first",
+        help="of an LSG model: make all global tokens again except the first",
+    )
+    parser.add_argument(
+        "--resize-lsg",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="of an LSG model: keep the global tokens (default), or make all again",
+    )
+    parser.add_argument(
+        "--use-token-ids",
+        action=argparse.BooleanOptionalAction,
+        help="add the embedding of segment 0 to the global tokens (default: for BERT, ELECTRA and ALBERT)",
     )
     parser.add_argument(
         "--global-positional-stride",
@@ -78,7 +92,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         default=64,
         help="about the distance between global tokens' positions (default: %(default)s)",
     )
-    keys = parser.add_argument_group("the encoder", "by default as in SRC, otherwise as in LSGBartConfig")
+    keys = parser.add_argument_group("the encoder", "by default as in SRC, otherwise as in LSGConfig")
     for key in ("block_size", "sparse_block_size", "sparsity_factor", "num_global_tokens", "lsh_num_pre_rounds"):
         keys.add_argument(_flag(key), type=int, default=argparse.SUPPRESS)
     keys.add_argument("--sparsity-type", choices=SPARSITY_TYPES, default=argparse.SUPPRESS)
@@ -99,16 +113,23 @@ def _convert(options: argparse.Namespace) -> None:
     arguments = {key: value for key, value in vars(options).items() if key != "run"}
     if options.tokenizer is not None:
         arguments["tokenizer"] = load_tokenizer(options.tokenizer)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was written is removed
     with progress_bar(make_console()) as progress:
         task = progress.add_task("", total=len(CHECKPOINT_STEPS), completed=-1)
-        convert_checkpoint(**arguments, on_step=lambda step: progress.update(task, description=step, advance=1))
+        try:
+            convert_checkpoint(**arguments, on_step=lambda step: progress.update(task, description=step, advance=1))
+        except (TypeError, RuntimeError) as error:  # a key that this family does not have; a file that came out wrong
+            raise ValueError(str(error)) from error
         progress.advance(task)
-    make_console().print(f"{options.destination}: up to {options.max_length} tokens", markup=False)
+    console = make_console()
+    console.print(f"{options.destination}: up to {options.max_length} tokens", markup=False)
+    if getattr(options, "num_global_tokens", 1) > 1:
+        console.print("Global tokens after the first are untrained, and make results worse until they are trained.")
 
 
 def _need_transformers(what: str) -> None:
     if find_spec("transformers") is None:
-        raise ModuleNotFoundError(f"{what} needs transformers: pip install 'lsg-attn[bart]'")
+        raise ModuleNotFoundError(f"{what} needs transformers: pip install 'lsg-attn[models]'")
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # it would write over ours

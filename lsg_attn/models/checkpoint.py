@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from .card import model_card
@@ -49,7 +50,10 @@ def convert_checkpoint(
     destination.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{destination.name}-", dir=destination.parent) as scratch:
         folder = Path(scratch) / destination.name
-        model.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+        except SafetensorError as error:  # as it reports a full disk
+            raise OSError(f"destination: cannot write {destination}: {error}") from error
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(model_card(model, source, destination.name, max_length), encoding="utf-8")
         on_step("check")

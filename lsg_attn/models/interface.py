@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
@@ -101,13 +102,15 @@ def lsg_mask(
 
     given = {"mask_function": mask_function, "attention_mask": attention_mask, **kwargs}
     if local_size is not None and not _is_causal(mask_function):
-        return sdpa_mask(batch_size, q_length, kv_length, local_size=local_size, **given)
+        window: Tensor | None = sdpa_mask(batch_size, q_length, kv_length, local_size=local_size, **given)
+        return window
     if mask_function is not bidirectional_mask_function:
         raise ValueError(
             'attn_implementation="lsg": expected an encoder whose tokens all see each other, except padding; this '
             "model's mask says otherwise (causal, or made of several documents)"
         )
-    return flash_attention_mask(batch_size, q_length, kv_length, **given)
+    padding: Tensor | None = flash_attention_mask(batch_size, q_length, kv_length, **given)
+    return padding
 
 
 def lsg_attention_forward(
@@ -158,14 +161,12 @@ def lsg_attention_forward(
         )
     if groups := query.shape[1] // key.shape[1] - 1:
         key, value = (x.repeat_interleave(groups + 1, dim=1) for x in (key, value))
-    pattern = LSGPattern(**(getattr(module.config, _CONFIG_KEY, None) or {}))  # type: ignore[arg-type]
+    pattern = LSGPattern(**(getattr(module.config, _CONFIG_KEY, None) or {}))
     out = lsg_attention(query, key, value, pattern, attention_mask, dropout_p=dropout, scale=scaling)
     return out.transpose(1, 2), None
 
 
 def _is_causal(mask_function: Any) -> bool:
     """Whether a mask's function, or one that it is made of, lets a token see no later token."""
-    import torch
-
     index = torch.arange(2)
     return not bool(mask_function(index[:1], index[:1], index[:1], index[1:]))
