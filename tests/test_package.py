@@ -155,7 +155,7 @@ def test_requirements_are_what_modules_import(metadata):
 
     imported = {"": set(), "models": set(), "triton": set()}
     for path in SOURCES:
-        has_models = "models" in path.parts or path.name == "demo_model.py"
+        has_models = "models" in path.parts or path.name in ("demo_model.py", "demo_encoder.py")
         extra = "models" if has_models else "triton" if {"fused", "kernels"} & set(path.parts) else ""
         imported[extra] |= third_party(path)
     assert required("") == imported[""]

@@ -12,6 +12,7 @@ from pathlib import Path
 from .. import __version__
 from ..pattern import SPARSITY_TYPES, LSGPattern
 from .demo import run_demo
+from .demo_encoder import run_encoder_demo
 from .draw import kinds_of_keys, print_pattern, save_pattern
 from .output import make_console, progress_bar
 from .sizes import BART_SIZES
@@ -50,7 +51,9 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
 
 def _demo(options: argparse.Namespace) -> None:
     if options.model is None and options.size is None:
-        run_demo(make_console(), options.tokens, options.file, options.tokenizer)
+        console = make_console()
+        run_demo(console, options.tokens, options.file, options.tokenizer)
+        run_encoder_demo(console, options.tokens, options.file)
         return
     _need_transformers("--model" if options.size is None else "--size")
     from .demo_model import run_bart_demo
