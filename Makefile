@@ -19,12 +19,12 @@ test: lint
 	$(BIN)/python -m ttsem.sanitize pytest tests/kernels
 	$(BIN)/python -m bench.static --subset quick --target sm_90
 
-# LSG-BART with each of the versions of transformers, in an environment of its own.
+# The models with each of the versions of transformers, in an environment of its own; LSG-BART alone with the oldest.
 test-matrix: $(VENV)/ready $(OLD_TRANSFORMERS:%=test-transformers-%)
-	$(BIN)/python -m pytest tests/bart
+	$(BIN)/python -m pytest tests/bart tests/models
 
 test-transformers-%: $(VENV)-transformers-%/ready
-	$(VENV)-transformers-$*/bin/python -m pytest tests/bart
+	$(VENV)-transformers-$*/bin/python -m pytest tests/bart $(if $(filter-out 4.44.2,$*),tests/models)
 
 # The CPU path with each of the other versions of Python, and no more than the base requirements. torch's builds for GPUs
 # take 5 GB, so each environment is removed before the next is made.

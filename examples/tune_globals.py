@@ -122,7 +122,7 @@ def main() -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            total += float(loss)
+            total += float(loss.detach())
         print(f"epoch {epoch + 1}: loss {total / len(examples):.4f}, {time.perf_counter() - start:.0f} s")
     print(f"after: {recall(plain, model, tokenizer, options.max_length)}")
     if options.output is not None:
