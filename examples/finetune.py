@@ -76,7 +76,10 @@ def main() -> None:
     if not isinstance(model.config, LSGBartConfig):
         parser.error(f"--model: expected an LSG-BART, got {options.model}; `lsg-attn convert` converts a BART")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    data = Summaries(options.data, tokenizer, model.config.max_position_embeddings, options.max_target_length)
+    try:
+        data = Summaries(options.data, tokenizer, model.config.max_position_embeddings, options.max_target_length)
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"expected a text file in UTF-8 at {options.data}: {error}")
     trainer = Seq2SeqTrainer(
         model=model,
         args=Arguments(

@@ -44,12 +44,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
 
+    try:
+        text = options.file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"expected a text file in UTF-8 at {options.file}: {error}")
     model, tokenizer = load(options.model, options.max_length)
     model = model.to(options.device, torch.float32 if options.device == "cpu" else torch.bfloat16).eval()
     limit = model.config.max_position_embeddings
     if options.max_length is not None and options.max_length > limit:
         parser.error(f"--max-length: expected at most {limit}, the length of {options.model}, got {options.max_length}")
-    text = options.file.read_text(encoding="utf-8")
     inputs = tokenizer(text, truncation=True, max_length=options.max_length or limit, return_tensors="pt")
     num_tokens, total = inputs["input_ids"].shape[1], len(tokenizer(text, verbose=False)["input_ids"])
     print(f"reading {num_tokens} of {total} tokens" + (", the rest is left out" if num_tokens < total else ""))

@@ -47,6 +47,17 @@ def test_summarize_refuses_more_tokens_than_the_model_reads(document):
     assert f"--max-length: expected at most 2048, the length of {CONVERTED}, got 3000" in out
 
 
+@pytest.mark.parametrize("name", ["summarize.py", "finetune.py"])
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
+def test_a_file_that_cannot_be_read_is_named(name, content, tmp_path):
+    path = tmp_path / "document.txt"
+    if content is not None:
+        path.write_bytes(content)
+    out = run(name, path, "--model", CONVERTED, *(["--output", tmp_path / "out"] if "fine" in name else []), status=2)
+    assert f"expected a text file in UTF-8 at {path}: " in out
+    assert "Traceback" not in out
+
+
 def test_finetune_lowers_the_loss_and_saves(tmp_path):
     """The saved model loads and has changed. A plain BART is refused."""
     data = tmp_path / "data.jsonl"
