@@ -151,7 +151,6 @@ class LSGEncoder(LSGModel):
         *args: Any,
         keep_all: bool = False,
         layerdrop: float = 0.0,
-        **kwargs: Any,
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Send states (batch, G+T, width) through layers; with ``keep_all``, return the states between them, too."""
         all_states: tuple[Tensor, ...] = ()
@@ -161,9 +160,9 @@ class LSGEncoder(LSGModel):
                 continue  # LayerDrop (arXiv 1909.11556)
             if self.gradient_checkpointing and self.training and not hasattr(layer, "gradient_checkpointing"):
                 # Since transformers 4.53 most layers do this themselves.
-                out = self._gradient_checkpointing_func(layer.__call__, hidden_states, *args, *kwargs.values())
+                out = self._gradient_checkpointing_func(layer.__call__, hidden_states, *args)
             else:
-                out = layer(hidden_states, *args, **kwargs)
+                out = layer(hidden_states, *args)
             hidden_states = out[0] if isinstance(out, tuple) else out
         return hidden_states, (*all_states, hidden_states) if keep_all else None
 

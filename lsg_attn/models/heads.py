@@ -85,8 +85,7 @@ def check_config(config: Any, expected: type[Any]) -> None:
 def _without_layers(config: Any) -> Any:
     """A copy of a configuration with no layers."""
     shallow = copy.copy(config)
-    names = ("num_hidden_layers", "encoder_layers", "decoder_layers")
-    for name in names:
+    for name in ("num_hidden_layers", "encoder_layers", "decoder_layers"):
         if hasattr(shallow, name):
             setattr(shallow, name, 0)
     return shallow
