@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(width=110)
     model, ids, source = _read(options)
     tokens = ids.shape[1]
-    patterns = patterns_of(options.factors, options.block_size, model.num_global_tokens)
+    patterns = patterns_of(options.factors, options.block_size, model.config.num_global_tokens)
     console.print(
         f"{source}, the first {tokens} tokens, read by {options.model}: "
         f"{len(model.layers)} layers, {model.layers[0].self_attn.num_heads} heads, {torch.get_num_threads()} threads.",
@@ -125,7 +125,8 @@ def dense_layers(encoder: Any, ids: Tensor) -> Iterator[QKV]:
     """Queries, keys and values of each layer of an LSG-BART encoder as it reads ids (1, T) with dense attention."""
     seen: list[Tensor] = []
     attentions = [layer.self_attn for layer in encoder.layers]
-    dense = LSGPattern(block_size=ids.shape[1], sparsity_type="none", num_global_tokens=encoder.num_global_tokens)
+    num_globals = encoder.config.num_global_tokens
+    dense = LSGPattern(block_size=ids.shape[1], sparsity_type="none", num_global_tokens=num_globals)
     for attention in attentions:
         attention.pattern = dense  # one block: all tokens see each other
         attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

@@ -1,6 +1,9 @@
 """The tiny checkpoints in tests/goldens/encoders: what lsg-converter 0.1.9 published of ten families, and computed."""
 
+import atexit
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,49 @@ import torch
 import lsg_attn.models
 from lsg_attn.models.families import FAMILIES, family_of
 
-FOLDER = Path(__file__).parent.parent / "goldens/encoders"
+# A file under tests/goldens that the repository stores once, and the folders that hold it, too.
+_SHARED = {
+    "bart/base/generation_config.json": (
+        "barthez/seq2seq_norm",
+        "mbart/base_512",
+        "mbart/seq2seq_bos_pooling_no_pass",
+        "mbart/seq2seq_norm",
+    ),
+    "encoders/albert/converted/conversion.json": (
+        "bert/converted",
+        "distilbert/converted",
+        "electra/converted",
+        "mbart/converted",
+        "pegasus/converted",
+        "roberta/converted",
+    ),
+    "encoders/bert/base_512/special_tokens_map.json": (
+        "distilbert/base_512",
+        "electra/base_512",
+    ),
+    "encoders/bert/causal_norm/generation_config.json": ("bert/mlm_norm",),
+    "encoders/distilbert/base_512/tokenizer.json": ("electra/base_512",),
+    "encoders/distilbert/base_512/tokenizer_config.json": ("electra/base_512",),
+    "encoders/pegasus/base_512/generation_config.json": (
+        "pegasus/seq2seq_bos_pooling_no_pass",
+        "pegasus/seq2seq_norm",
+        "pegasus/seq2seq_stride_mask_first",
+    ),
+}
+
+
+def _assemble():
+    """A temporary folder of whole checkpoints, which is removed at exit."""
+    goldens, folder = Path(__file__).parent.parent / "goldens", Path(tempfile.mkdtemp(prefix="lsg-attn-families-"))
+    atexit.register(shutil.rmtree, folder)
+    shutil.copytree(goldens / "encoders", folder, dirs_exist_ok=True)
+    for file, folders in _SHARED.items():
+        for name in folders:
+            shutil.copy(goldens / file, folder / name)
+    return folder
+
+
+FOLDER = _assemble()
 CASES = sorted(path.parent for path in FOLDER.glob("*/*/io.npz"))
 CONVERSIONS = sorted(path.parent for path in FOLDER.glob("*/*/conversion.json"))
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids")
