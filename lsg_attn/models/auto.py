@@ -22,14 +22,12 @@ _AUTO_CLASSES = (
     "AutoModelForQuestionAnswering",
     "AutoModelForNextSentencePrediction",
 )
-_registered: set[str] = set()
 
 
 def register() -> None:
     """Register all families with the Auto classes. A second call changes nothing."""
     for family in FAMILIES:
-        if family.model_type not in _registered:
-            _registered.add(family.model_type)
+        if family.config_class.model_type not in CONFIG_MAPPING:
             _register_models(family)
             _register_tokenizers(family)
             _register_configurations(family)

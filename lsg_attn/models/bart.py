@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 from transformers import (
     BartConfig,
     BartForCausalLM,
@@ -37,16 +34,8 @@ class LSGBartEncoder(LSGSeq2SeqEncoder, BartEncoder):
     """BART's encoder with global embeddings before the tokens and LSG attention in every layer."""
 
     plain_class, config_class, layer_class = BartEncoder, LSGBartConfig, LSGBartEncoderLayer
+    word_class, position_class = BartScaledWordEmbedding, BartLearnedPositionalEmbedding
     _no_split_modules = ["LSGBartEncoderLayer", "BartDecoderLayer"]  # noqa: RUF012  # transformers needs a list
-
-    @staticmethod
-    def word_embedding(config: Any) -> Any:
-        scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
-        return BartScaledWordEmbedding(config.vocab_size, config.d_model, config.pad_token_id, embed_scale=scale)
-
-    @staticmethod
-    def position_embedding(config: Any) -> Any:
-        return BartLearnedPositionalEmbedding(config.max_position_embeddings, config.d_model)
 
 
 class LSGBartModel(LSGSeq2SeqModel, BartModel):

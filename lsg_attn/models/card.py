@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
+
 _CARD = """---
 library_name: transformers
 tags:
@@ -53,8 +55,6 @@ def model_card(model: Any, source: str | Path, name: str, max_length: int) -> st
         name: the name or directory that it is saved as.
         max_length: the number of tokens in the longest document.
     """
-    from .. import __version__
-
     keys = ("block_size", "sparse_block_size", "sparsity_factor", "sparsity_type", "num_global_tokens")
     return _CARD.format(
         name=name,

@@ -28,7 +28,6 @@ class LSGHead(LSGModel):
     body_class: ClassVar[type[Any]]
 
     def __init__(self, config: Any) -> None:
-        check_config(config, self.config_class)
         # transformers' constructor builds a plain body, which is replaced at once: one without layers costs little.
         super().__init__(_without_layers(config))
         self.config = config
@@ -40,18 +39,15 @@ class LSGHead(LSGModel):
 
 def lsg_head(plain_class: type[Any], body_class: type[Any], base: type[LSGHead] = LSGHead) -> Any:
     """transformers' model with a head, such as BertForMaskedLM, on an LSG body: ``LSGBertForMaskedLM``."""
-    name = f"LSG{plain_class.__name__}"
-    doc = f":class:`transformers.{plain_class.__name__}` on :class:`{body_class.__name__}`, for long documents."
-    namespace = {
-        "__module__": body_class.__module__,
-        "__doc__": doc,
-        "plain_class": plain_class,
-        "body_class": body_class,
-        "config_class": body_class.config_class,
-        "_no_split_modules": body_class._no_split_modules,
-        "supports_gradient_checkpointing": body_class.supports_gradient_checkpointing,
-    }
-    return type(name, (base, plain_class), namespace)
+    return _subclass(
+        base,
+        plain_class,
+        body_class,
+        f"on :class:`{body_class.__name__}`, for long documents.",
+        body_class=body_class,
+        _no_split_modules=body_class._no_split_modules,
+        supports_gradient_checkpointing=body_class.supports_gradient_checkpointing,
+    )
 
 
 def lsg_decoder(plain_class: type[Any], body_class: type[Any]) -> Any:
@@ -60,15 +56,19 @@ def lsg_decoder(plain_class: type[Any], body_class: type[Any]) -> Any:
     It has no global tokens. A checkpoint of a whole model stores the embeddings as ``model.shared``, and like the plain
     class, this one does not look there: transformers warns that the embeddings are newly initialised.
     """
-    namespace = {
-        "__module__": body_class.__module__,
-        "__doc__": f":class:`transformers.{plain_class.__name__}` with an LSG model's configuration; see "
-        ":func:`lsg_attn.models.heads.lsg_decoder`.",
+    doc = "with an LSG model's configuration; see :func:`lsg_attn.models.heads.lsg_decoder`."
+    return _subclass(LSGModel, plain_class, body_class, doc, has_global_tokens=False)
+
+
+def _subclass(base: type[LSGModel], plain_class: type[Any], body: type[Any], doc: str, **namespace: Any) -> Any:
+    """``LSG`` and the name of ``plain_class``, in the module and with the configuration of ``body``."""
+    namespace |= {
+        "__module__": body.__module__,
+        "__doc__": f":class:`transformers.{plain_class.__name__}` {doc}",
         "plain_class": plain_class,
-        "config_class": body_class.config_class,
-        "has_global_tokens": False,
+        "config_class": body.config_class,
     }
-    return type(f"LSG{plain_class.__name__}", (LSGModel, plain_class), namespace)
+    return type(f"LSG{plain_class.__name__}", (base, plain_class), namespace)
 
 
 def check_config(config: Any, expected: type[Any]) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 from transformers import (
     MBartConfig,
     MBartForCausalLM,
@@ -40,16 +37,8 @@ class LSGMBartEncoder(LSGSeq2SeqEncoder, MBartEncoder):
     """mBART's encoder with global embeddings before the tokens and LSG attention in every layer."""
 
     plain_class, config_class, layer_class = MBartEncoder, LSGMBartConfig, LSGMBartEncoderLayer
+    word_class, position_class = MBartScaledWordEmbedding, MBartLearnedPositionalEmbedding
     _no_split_modules = ["LSGMBartEncoderLayer", "MBartDecoderLayer"]  # noqa: RUF012  # transformers needs a list
-
-    @staticmethod
-    def word_embedding(config: Any) -> Any:
-        scale = math.sqrt(config.d_model) if config.scale_embedding else 1.0
-        return MBartScaledWordEmbedding(config.vocab_size, config.d_model, config.pad_token_id, embed_scale=scale)
-
-    @staticmethod
-    def position_embedding(config: Any) -> Any:
-        return MBartLearnedPositionalEmbedding(config.max_position_embeddings, config.d_model)
 
 
 class LSGMBartModel(LSGSeq2SeqModel, MBartModel):

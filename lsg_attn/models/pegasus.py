@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from .bart import BART
 from .configuration import LSGSeq2SeqConfig, lsg_config
 from .family import Family
 from .heads import lsg_decoder, lsg_head
-from .seq2seq import LSGEncoderLayer, LSGSeq2SeqEncoder, LSGSeq2SeqModel
+from .seq2seq import LSGEncoderLayer, LSGSeq2SeqEncoder, LSGSeq2SeqModel, embedding_scale
 
 LSGPegasusConfig = lsg_config("Pegasus", PegasusConfig, __name__, LSGSeq2SeqConfig)
 
@@ -33,20 +32,21 @@ class LSGPegasusEncoder(LSGSeq2SeqEncoder, PegasusEncoder):
     """Pegasus's encoder with global embeddings before the tokens and LSG attention in every layer."""
 
     plain_class, config_class, layer_class = PegasusEncoder, LSGPegasusConfig, LSGPegasusEncoderLayer
+    position_class = PegasusSinusoidalPositionalEmbedding
     embeds_with_norm = False
     _no_split_modules = ["LSGPegasusEncoderLayer", "PegasusDecoderLayer"]  # noqa: RUF012  # transformers needs a list
 
-    @staticmethod
-    def word_embedding(config: Any) -> Any:
+    @classmethod
+    def word_embedding(cls, config: Any) -> Any:
+        """A new token embedding; the encoder applies its scale."""
         return nn.Embedding(config.vocab_size, config.d_model, config.pad_token_id)
 
-    @staticmethod
-    def position_embedding(config: Any) -> Any:
-        sines = PegasusSinusoidalPositionalEmbedding(config.max_position_embeddings, config.d_model)
-        return sines.requires_grad_(False)
+    @classmethod
+    def position_embedding(cls, config: Any) -> Any:
+        return super().position_embedding(config).requires_grad_(False)
 
     def embed_words(self, input_ids: Tensor | None) -> Tensor:
-        return super().embed_words(input_ids) * (math.sqrt(self.config.d_model) if self.config.scale_embedding else 1.0)
+        return super().embed_words(input_ids) * embedding_scale(self.config)
 
     def positions(self, inputs_embeds: Tensor) -> Tensor:
         out: Tensor = self.embed_positions(inputs_embeds.shape[:2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -74,6 +75,8 @@ class LSGSeq2SeqEncoder(LSGEncoder):
     """
 
     layer_class: ClassVar[type[Any]]
+    word_class: ClassVar[type[Any]]
+    position_class: ClassVar[type[Any]]
     embeds_with_norm: ClassVar[bool] = True  # whether a norm follows the embeddings
 
     def __init__(self, config: Any) -> None:
@@ -97,15 +100,16 @@ class LSGSeq2SeqEncoder(LSGEncoder):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @staticmethod
-    def word_embedding(config: Any) -> Any:
+    @classmethod
+    def word_embedding(cls, config: Any) -> Any:
         """A new token embedding, the plain model's own, with its scale."""
-        raise NotImplementedError
+        scale = embedding_scale(config)
+        return cls.word_class(config.vocab_size, config.d_model, config.pad_token_id, embed_scale=scale)
 
-    @staticmethod
-    def position_embedding(config: Any) -> Any:
+    @classmethod
+    def position_embedding(cls, config: Any) -> Any:
         """A new position embedding, the plain model's own."""
-        raise NotImplementedError
+        return cls.position_class(config.max_position_embeddings, config.d_model)
 
     def embed_words(self, input_ids: Tensor | None) -> Tensor:
         """The token embeddings (batch, T, d_model) of ids (batch, T), scaled."""
@@ -253,3 +257,8 @@ class LSGSeq2SeqModel(LSGModel):
         if config.mask_first_token:
             attention_mask = hide_first_token(attention_mask, states[:, num_globals:])
         return None if attention_mask is None else nn.functional.pad(attention_mask, (num_globals, 0), value=1)
+
+
+def embedding_scale(config: Any) -> float:
+    """The factor of the token embeddings."""
+    return math.sqrt(config.d_model) if config.scale_embedding else 1.0

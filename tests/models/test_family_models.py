@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
-from family_recordings import CASES, FOLDER, class_of, document, load, name_of, tiny, tiny_config
+from family_recordings import CASES, FOLDER, SEQ2SEQ, class_of, document, load, name_of, tiny, tiny_config
 from torch.nn.functional import pad
 
 import lsg_attn.models
@@ -15,11 +15,8 @@ from lsg_attn.models.families import FAMILIES
 from lsg_attn.testing import relative_rms
 
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.title)
-ENCODERS = [family for family in FAMILIES if family.title not in ("BART", "mBART", "Pegasus")]
+ENCODERS = [family for family in FAMILIES if family not in SEQ2SEQ]
 each_encoder = pytest.mark.parametrize("family", ENCODERS, ids=lambda family: family.title)
-CAUSAL = [
-    family for family in ENCODERS if any(hasattr(cls, "generate") and cls.can_generate() for cls in family.models)
-]
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated")  # transformers 5, and PEFT
@@ -42,11 +39,7 @@ def test_equivalent_inputs_give_the_same_states(family):
     before = mask.clone()
     expected = encoder(ids, mask).last_hidden_state
     assert expected.shape == (2, 101 + (0 if encoder.config.drops_global_tokens else 3), 32)
-    words = (
-        encoder.embed_words(ids)
-        if family.title in ("BART", "mBART", "Pegasus")
-        else encoder.get_input_embeddings()(ids)
-    )
+    words = encoder.embed_words(ids) if family in SEQ2SEQ else encoder.get_input_embeddings()(ids)
     keep = pad(mask, (expected.shape[1] - 101, 0), value=1).bool()
     for got in (
         encoder(inputs_embeds=words, attention_mask=mask)[0],
