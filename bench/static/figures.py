@@ -20,6 +20,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.static.binary import GPUS
+
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -55,14 +57,19 @@ _FLOAT_ATOMIC = re.compile(
 )
 
 
-def compile_and_read(source: ASTSource, target: str, options: dict[str, Any]) -> Figures:
-    """The figures of a kernel on ``target``, an NVIDIA architecture ``sm_*`` or an AMD one of wavefronts of 64."""
-    is_cuda, log = target.startswith("sm_"), io.StringIO()
-    gpu = GPUTarget("cuda", int(target[3:]), 32) if is_cuda else GPUTarget("hip", target, 64)
+def compile_kernel(source: ASTSource, target: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """Triton's compiled kernel for ``target``, an NVIDIA architecture ``sm_*`` or an AMD one, and the log of ptxas."""
+    lanes, log = GPUS[target].warp_size, io.StringIO()
+    gpu = GPUTarget("cuda", int(target[3:]), lanes) if target.startswith("sm_") else GPUTarget("hip", target, lanes)
     with knobs.nvidia.scope(), knobs.compilation.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True  # only the log has the spills
-        kernel = triton.compile(source, target=gpu, options=options)
-    return _read_cubin(kernel, log.getvalue()) if is_cuda else _read_amdgcn(kernel)
+        return triton.compile(source, target=gpu, options=options), log.getvalue()
+
+
+def compile_and_read(source: ASTSource, target: str, options: dict[str, Any]) -> Figures:
+    """The figures of a kernel on ``target``."""
+    kernel, log = compile_kernel(source, target, options)
+    return _read_cubin(kernel, log) if target.startswith("sm_") else _read_amdgcn(kernel)
 
 
 def _read_cubin(kernel: Any, log: str) -> Figures:
