@@ -5,13 +5,25 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .heads import Keys, head_keys, head_rows, locate_head, locate_queries, locate_source, store_keys
+from .heads import (
+    SIZES,
+    Keys,
+    first_of_tokens,
+    head_keys,
+    head_rows,
+    locate_head,
+    locate_queries,
+    locate_source,
+    locate_tile,
+    store_keys,
+)
 from .primitives import (
     LN2,
     draws_of,
     dropout_keeps,
     is_kept,
     load_rows,
+    one_row,
     rows_at,
     score_gradients,
     store_rows,
@@ -20,6 +32,7 @@ from .slots import add_slots
 from .walk import num_tiles, tile_of, walk_keys, walk_part
 from .windows import (
     Range,
+    any_of,
     are_visible,
     find_keys,
     in_windows,
@@ -40,35 +53,39 @@ class _Queries(NamedTuple):
 
 
 class _Keys(NamedTuple):
-    """A tile of keys: their numbers and which are visible (rows,), k and v (rows, BLOCK_D)."""
+    """A tile of keys: the number of the first, which are hidden as what is added to scores (rows,), k and v."""
 
-    offs_n: Any
-    visible: Any
+    start: Any
+    hidden: Any
     k: Any
     v: Any
 
 
 @triton.jit
-def _load_queries(rows, inside, queries, draws, offs_d, V: tl.constexpr):
-    """A tile of queries; a row that is not ``inside`` has probabilities 0."""
-    q = load_rows(queries.q, rows, inside, offs_d, V.head_dim)
-    dout = load_rows(queries.dout, rows, inside, offs_d, V.head_dim)
-    lse = tl.load(queries.lse_ptr + rows, mask=inside, other=float("inf"))
-    return _Queries(q, dout, lse / LN2, tl.load(queries.delta_ptr + rows, mask=inside, other=0.0), draws)
+def _load_queries(first, offs_m, inside, queries, first_sum, draws, offs_d, V: tl.constexpr):
+    """The queries ``offs_m`` after ``first``, whose sums start at ``first_sum``; rows are 0 where not ``inside``."""
+    q = load_rows(queries.q, first, offs_m, inside, offs_d, V.head_dim)
+    dout = load_rows(queries.dout, first, offs_m, inside, offs_d, V.head_dim)
+    sums = tl.load(queries.sums_ptr + 2 * first_sum + (2 * offs_m[:, None] + tl.arange(0, 2)[None, :]))
+    lse_log2, delta = tl.split(sums)
+    return _Queries(q, dout, lse_log2, delta, draws)
 
 
 @triton.jit
-def _load_keys(offs_n, rows, visible, keys, offs_d, V: tl.constexpr):
-    """A tile of keys, 0 where they are not visible."""
-    k = load_rows(keys.k, rows, visible, offs_d, V.head_dim)
-    return _Keys(offs_n, visible, k, load_rows(keys.v, rows, visible, offs_d, V.head_dim))
+def _load_keys(start, first, rows, readable, visible, keys, offs_d, V: tl.constexpr):
+    """The keys from ``start`` on, which lie ``rows`` after the row ``first``.
+
+    A key that is not visible is not read as 0: on sm_80 that makes the compiler lay out the products otherwise, in
+    twice as many instructions.
+    """
+    k = load_rows(keys.k, first, rows, readable, offs_d, V.head_dim)
+    v = load_rows(keys.v, first, rows, readable, offs_d, V.head_dim)
+    return _Keys(start, tl.where(visible, 0.0, float("-inf")), k, v)
 
 
 @triton.jit
-def _add_dq(dq, tile, keys, offs_n, visible, source, KIND: tl.constexpr, V: tl.constexpr):
+def _add_dq(dq, tile, keys, scores, offs_n, source, KIND: tl.constexpr, V: tl.constexpr):
     """The STEP of a walk whose state is the gradient of a tile of queries, without the scale of scores."""
-    scores = tl.dot(tile.q, tl.trans(keys.k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
-    scores = tl.where(visible, scores, float("-inf"))
     dprobs = tl.dot(tile.dout, tl.trans(keys.v), input_precision="ieee")
     keeps = None
     if V.has_dropout:
@@ -87,27 +104,28 @@ def _add_dkv(
     """Add to the gradients of a tile of keys, without scales, what two Ranges of queries give; (BLOCK_M, BLOCK_D) each.
 
     QUERIES: the ranges are of "global" queries or of "token"s. WINDOWED: the keys are not all seen by the same
-    queries. Keys that are not visible get nothing.
+    queries, or a tile of queries may go beyond its range.
     """
     IS_TOKEN: tl.constexpr = QUERIES == "token"
     FIRST: tl.constexpr = V.num_globals if IS_TOKEN else 0
+    FIRST_SUM: tl.constexpr = first_of_tokens(V.num_globals) if IS_TOKEN else 0
     FIRST_GROUP: tl.constexpr = (V.num_globals + 3) // 4 if IS_TOKEN else 0
-    offs_d = tl.arange(0, keys.k.shape[1])
+    offs_n = keys.start + tl.arange(0, keys.k.shape[0])
+    offs_m, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, keys.k.shape[1])
     near_tiles, tiles = num_tiles(near, far, BLOCK_N)
     for i in tl.range(0, tiles):
         start, stop, _ = tile_of(i, near_tiles, near, far, BLOCK_N)
-        offs_m = start + tl.arange(0, BLOCK_N)
         draws = draws_of(source.generator, FIRST_GROUP + start // 4, BLOCK_N)
-        tile = _load_queries(FIRST + offs_m, offs_m < stop, queries, draws, offs_d, V)
-        visible = keys.visible[:, None]
-        if WINDOWED:
-            visible = visible & in_windows((offs_m // V.block)[None, :], keys.offs_n[:, None], KIND, V)
+        tile = _load_queries(FIRST + start, offs_m, offs_m < stop - start, queries, FIRST_SUM + start, draws, offs_d, V)
         scores = tl.dot(keys.k, tl.trans(tile.q), input_precision="ieee")  # (BLOCK_M keys, BLOCK_N queries)
-        scores = tl.where(visible, scores, float("-inf"))
+        scores += keys.hidden[:, None]
+        if WINDOWED:
+            row_block = (start + offs_m) // V.block
+            scores = tl.where(in_windows(row_block[None, :], offs_n[:, None], KIND, V), scores, float("-inf"))
         dprobs = tl.dot(keys.v, tl.trans(tile.dout), input_precision="ieee")
         keeps = None
         if V.has_dropout:
-            keeps = dropout_keeps(tile.draws, key_columns(keys.offs_n, source, KIND, V), BLOCK_N, True)
+            keeps = dropout_keeps(tile.draws, key_columns(offs_n, source, KIND, V), BLOCK_N, True)
         probs, dscores = score_gradients(
             scores, dprobs, tile.lse_log2[None, :], tile.delta[None, :], keeps, source.scale_log2, source.kept_scale
         )
@@ -125,28 +143,30 @@ def _with_scales(dk, dv, source):
 @triton.jit
 def _dq_of_globals(
     first_row, start, stop, queries, source,
-    V: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    V: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """What positions [start, stop) give to the gradient of BLOCK_G global queries."""
-    offs_m, offs_d = first_row + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    offs_g, offs_d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     draws = draws_of(source.generator, first_row // 4, BLOCK_G)
-    tile = _load_queries(offs_m, offs_m < V.num_globals, queries, draws, offs_d, V)
+    tile = _load_queries(first_row, offs_g, offs_g < V.num_globals - first_row, queries, first_row, draws, offs_d, V)
     dq = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    return walk_part(dq, tile, start, stop, source, V, BLOCK_N, _add_dq) * (source.scale_log2 * LN2)
+    return walk_part(dq, tile, start, stop, source, V, BLOCK_N, BRANCH, _add_dq) * (source.scale_log2 * LN2)
 
 
 @triton.jit
 def _dq_of_tokens(
     first_row, queries, source,
     V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the queries of BLOCK_M tokens, from the keys that the forward took, in its order."""
     G: tl.constexpr = V.num_globals
-    offs_m, offs_d = first_row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     draws = draws_of(source.generator, (G + 3) // 4 + first_row // 4, BLOCK_M)
-    tile = _load_queries(G + offs_m, offs_m < source.num_tokens, queries, draws, offs_d, V)
+    inside, first_sum = offs_m < source.num_tokens - first_row, first_of_tokens(G) + first_row
+    tile = _load_queries(G + first_row, offs_m, inside, queries, first_sum, draws, offs_d, V)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    dq = walk_keys(dq, tile, first_row, source, V, BLOCK_M, BLOCK_N, BLOCK_G, _add_dq)
+    dq = walk_keys(dq, tile, first_row, source, V, BLOCK_M, BLOCK_N, BLOCK_G, BRANCH, _add_dq)
     return dq * (source.scale_log2 * LN2)
 
 
@@ -156,9 +176,10 @@ def _dkv_of_globals(
     V: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """What tokens [start, stop) give to the gradients of BLOCK_G global keys, and what globals do where start is 0."""
-    offs_n, offs_d = first_row + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
-    kept = is_kept(source.mask, offs_n, offs_n < V.num_globals, V)
-    keys = _load_keys(offs_n, offs_n, kept, source.tokens, offs_d, V)
+    offs_g, offs_d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    inside = offs_g < V.num_globals - first_row
+    kept = is_kept(source.mask, first_row, offs_g, inside, V)
+    keys = _load_keys(first_row, first_row, offs_g, inside, kept, source.tokens, offs_d, V)
     dk, dv, none = tl.zeros((BLOCK_G, BLOCK_D), tl.float32), tl.zeros((BLOCK_G, BLOCK_D), tl.float32), Range(0, 0)
     BLOCK_GLOBALS: tl.constexpr = BLOCK_G if BLOCK_G < BLOCK_N else BLOCK_N
     near = Range(0, tl.where(start == 0, V.num_globals, 0))
@@ -175,11 +196,12 @@ def _dkv_of_tokens(
 ):  # fmt: skip
     """The gradients of the keys and values of BLOCK_M tokens from queries that see them as they are."""
     G: tl.constexpr = V.num_globals
-    WINDOWED: tl.constexpr = V.block % BLOCK_M != 0
-    num_tokens = source.num_tokens
-    offs_n, offs_d = G + first_row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    kept = is_kept(source.mask, offs_n, offs_n < G + num_tokens, V)
-    keys = _load_keys(offs_n, offs_n, kept, source.tokens, offs_d, V)
+    WINDOWED: tl.constexpr = V.block % BLOCK_M != 0 or V.block % BLOCK_N != 0
+    num_tokens, first = source.num_tokens, G + first_row
+    offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    inside = offs_n < num_tokens - first_row
+    kept = is_kept(source.mask, first, offs_n, inside, V)
+    keys = _load_keys(first, first, offs_n, inside, kept, source.tokens, offs_d, V)
     dk, dv, none = tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M, BLOCK_D), tl.float32), Range(0, 0)
     # 1. The global queries.
     if G > 0:
@@ -188,15 +210,14 @@ def _dkv_of_tokens(
         dk, dv = _add_dkv(dk, dv, keys, near, none, queries, source, "global", "token", False, V, BLOCK_GLOBALS)
     # 2. The tokens, unless all these keys are padding.
     seen = tokens_that_see_tokens(first_row, tl.minimum(first_row + BLOCK_M, num_tokens) - 1, num_tokens, V)
-    near = Range(seen.start, tl.where(tl.max(kept.to(tl.int32), 0) > 0, seen.stop, seen.start))
+    near = Range(seen.start, tl.where(any_of(kept), seen.stop, seen.start))
     dk, dv = _add_dkv(dk, dv, keys, near, none, queries, source, "token", "token", WINDOWED, V, BLOCK_N)
     return _with_scales(dk, dv, source)
 
 
-# What follows from the length is not specialised, or other lengths would compile the kernel again.
-@triton.jit(do_not_specialize=["seed", "threshold", "mask_batch_stride", "num_tokens", "num_slots"])
+@triton.jit(do_not_specialize=SIZES)
 def _lsg_bwd_slots_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, dout_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, dout_ptr, sums_ptr,
     dslot_k_ptr, dslot_v_ptr,
     scale_log2, kept_scale, seed, threshold,
     q_strides, k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, dout_strides, slot_strides,
@@ -211,105 +232,101 @@ def _lsg_bwd_slots_kernel(
     # 1. Locate the head and the slots.
     head, tile = locate_head(tl.cdiv(num_slots, BLOCK_M), num_heads)
     first_slot = tile * BLOCK_M
-    queries = locate_queries(head, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_strides, dout_strides, num_tokens, V)
+    queries = locate_queries(head, q_ptr, dout_ptr, sums_ptr, q_strides, dout_strides, num_tokens, V)
     source = locate_source(
         head, k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, scale_log2, kept_scale, seed, threshold,
         k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_tokens, num_slots, V,
     )  # fmt: skip
     # 2. Their rows.
     SPARSITY: tl.constexpr = V.sparsity
-    WINDOWED: tl.constexpr = V.step % BLOCK_M != 0 or V.reach % V.step != 0
-    offs_n, offs_d = first_slot + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    rows, readable = find_keys(offs_n, num_slots, source, SPARSITY, V)
-    visible = are_visible(offs_n, rows, readable, source, SPARSITY, V)
-    keys = _load_keys(offs_n, rows, visible, source.slots, offs_d, V)
+    WINDOWED: tl.constexpr = V.step % BLOCK_M != 0 or V.reach % V.step != 0 or V.block % BLOCK_N != 0
+    offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    places = find_keys(first_slot, offs_n, num_slots, source, SPARSITY, V)
+    visible = are_visible(places, first_slot, offs_n, source, SPARSITY, V)
+    keys = _load_keys(first_slot, places.first, places.rows, places.readable, visible, source.slots, offs_d, V)
     # 3. The queries to their right and left, unless none of these slots is visible.
-    num_seen = tl.where(tl.max(visible.to(tl.int32), 0) > 0, num_tokens, 0)
+    num_seen = tl.where(any_of(visible), num_tokens, 0)
     last_slot = tl.minimum(first_slot + BLOCK_M, num_slots) - 1
     near, far = tokens_that_see_slots(first_slot, last_slot, num_seen, V)
     dk, dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dk, dv = _add_dkv(dk, dv, keys, near, far, queries, source, "token", SPARSITY, WINDOWED, V, BLOCK_N)
     # 4. Store.
     dk, dv = _with_scales(dk, dv, source)
-    inside = offs_n < num_slots
-    dslots = head_keys(dslot_k_ptr, slot_strides, dslot_v_ptr, slot_strides, head)
-    store_keys(dslots, offs_n, inside, offs_d, dk, dv, V.head_dim)
+    dslots = head_keys(dslot_k_ptr, slot_strides, dslot_v_ptr, slot_strides, head, V.is_wide)
+    store_keys(dslots, first_slot, offs_n, offs_n < num_slots - first_slot, offs_d, dk, dv, V.head_dim)
 
 
-@triton.jit(
-    do_not_specialize=["seed", "threshold", "mask_batch_stride", "num_tokens", "num_slots", "part_size", "num_parts"]
-)
+@triton.jit(do_not_specialize=SIZES)
 def _lsg_bwd_dq_dkv_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, weight_ptr, slot_ptr,
-    dout_ptr, lse_ptr, delta_ptr, dslot_k_ptr, dslot_v_ptr, dscore_ptr,
+    dout_ptr, sums_ptr, dslot_k_ptr, dslot_v_ptr, dscore_ptr,
     dq_ptr, dk_ptr, dv_ptr, dq_part_ptr, dk_part_ptr, dv_part_ptr,
     scale_log2, kept_scale, seed, threshold,
     q_strides, k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, dout_strides, slot_strides,
     dq_strides, dk_strides, dv_strides, part_strides,
-    num_heads, num_tokens, num_slots, part_size, num_parts,
+    batch, num_heads, num_tokens, num_slots, part_size, num_parts,
     V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):  # fmt: skip
     """The gradients of BLOCK_M rows of tokens or BLOCK_G of globals: of queries, or of keys and values.
 
-    BLOCK_N rows of the other side are taken at a time. Grid: batch * heads * (2 cdiv(G, BLOCK_G) * num_parts +
-    2 cdiv(num_tokens, BLOCK_M)); of a head come first the globals' queries, then their keys, the tokens' queries, and
-    their keys. Writes the tokens' rows of ``dq``, ``dk`` and ``dv`` (batch, heads, G+T, head_dim); of the globals'
-    gradients the parts that come from ``part_size`` positions or tokens, ``dq_part``, ``dk_part`` and ``dv_part``
-    (batch * heads, num_parts, G, head_dim) float32.
+    BLOCK_N rows of the other side are taken at a time. Grid: batch * heads * (2 cdiv(num_tokens, BLOCK_M) +
+    2 cdiv(G, BLOCK_G) * num_parts), as locate_tile orders them; of a head the queries come before the keys. Writes the
+    tokens' rows of ``dq``, ``dk`` and ``dv`` (batch, heads, G+T, head_dim); of the globals' gradients the parts that
+    come from ``part_size`` positions or tokens, ``dq_part``, ``dk_part`` and ``dv_part`` (batch * heads, num_parts, G,
+    head_dim) float32.
     """
     # 1. Locate the head and the tile.
     G: tl.constexpr = V.num_globals
     GLOBAL_TILES: tl.constexpr = (V.num_globals + BLOCK_G - 1) // BLOCK_G
-    global_programs = GLOBAL_TILES * num_parts
-    token_programs = tl.cdiv(num_tokens, BLOCK_M)
-    programs = 2 * (global_programs + token_programs)
-    head, program = locate_head(programs, num_heads)
-    queries = locate_queries(head, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_strides, dout_strides, num_tokens, V)
+    token_programs, global_programs = tl.cdiv(num_tokens, BLOCK_M), GLOBAL_TILES * num_parts
+    head, program, is_token = locate_tile(2 * token_programs, 2 * global_programs, batch, num_heads)
+    queries = locate_queries(head, q_ptr, dout_ptr, sums_ptr, q_strides, dout_strides, num_tokens, V)
     source = locate_source(
         head, k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, scale_log2, kept_scale, seed, threshold,
         k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_tokens, num_slots, V,
     )  # fmt: skip
     offs_d = tl.arange(0, BLOCK_D)
 
-    if program < 2 * global_programs:
-        # 2. Globals: a part of the sum, which the next kernel adds to the others.
-        number = program % global_programs
-        part, row = number // GLOBAL_TILES, number % GLOBAL_TILES * BLOCK_G
-        offs_g, start = row + tl.arange(0, BLOCK_G), part * part_size
-        is_global = offs_g < G
-        if program < global_programs:
-            stop = tl.minimum(start + part_size, G + num_tokens)
-            dq = _dq_of_globals(row, start, stop, queries, source, V, BLOCK_G, BLOCK_N, BLOCK_D)
-            store_rows(rows_at(dq_part_ptr, part_strides, head.flat, part), offs_g, is_global, offs_d, dq, V.head_dim)
+    if is_token:
+        row = program % token_programs * BLOCK_M
+        offs_m = tl.arange(0, BLOCK_M)
+        inside = offs_m < num_tokens - row
+        if program < token_programs:
+            # 2. Queries of tokens.
+            dq = _dq_of_tokens(row, queries, source, V, BLOCK_M, BLOCK_N, BLOCK_G, BLOCK_D, BRANCH)
+            rows = head_rows(dq_ptr, dq_strides, head, V.is_wide)
+            store_rows(rows, G + row, offs_m, inside, offs_d, dq, V.head_dim)
         else:
-            stop = tl.minimum(start + part_size, num_tokens)
-            dk, dv = _dkv_of_globals(row, start, stop, queries, source, V, BLOCK_G, BLOCK_N, BLOCK_D)
-            dk_part = rows_at(dk_part_ptr, part_strides, head.flat, part)
-            dv_part = rows_at(dv_part_ptr, part_strides, head.flat, part)
-            store_keys(Keys(dk_part, dv_part), offs_g, is_global, offs_d, dk, dv, V.head_dim)
-    else:
-        number = program - 2 * global_programs
-        row = number % token_programs * BLOCK_M
-        offs_m = row + tl.arange(0, BLOCK_M)
-        inside = offs_m < num_tokens
-        if number < token_programs:
-            # 3. Queries of tokens.
-            dq = _dq_of_tokens(row, queries, source, V, BLOCK_M, BLOCK_N, BLOCK_G, BLOCK_D)
-            store_rows(head_rows(dq_ptr, dq_strides, head), G + offs_m, inside, offs_d, dq, V.head_dim)
-        else:
-            # 4. Keys and values of tokens: as they are, and as part of slots.
+            # 3. Keys and values of tokens: as they are, and as part of slots.
             dk, dv = _dkv_of_tokens(row, queries, source, V, BLOCK_M, BLOCK_N, BLOCK_G, BLOCK_D)
             if V.sparsity != "none":
-                dslots = head_keys(dslot_k_ptr, slot_strides, dslot_v_ptr, slot_strides, head)
+                dslots = head_keys(dslot_k_ptr, slot_strides, dslot_v_ptr, slot_strides, head, V.is_wide)
                 if V.sparsity == "compressed":
                     weight_ptr += head.flat * num_tokens
                 if slot_ptr is not None:
                     slot_ptr += head.flat * num_tokens
                 dk, dv = add_slots(dk, dv, row, source, dslots, weight_ptr, slot_ptr, V, BLOCK_M, BLOCK_D)
             if dscore_ptr is not None:
-                dscore = tl.load(dscore_ptr + head.flat * num_tokens + offs_m, mask=inside, other=0.0)
-                first = tl.full((1,), G, tl.int32)
-                query = load_rows(queries.q, first, first >= 0, offs_d, V.head_dim)
-                dk += dscore[:, None] * query.to(tl.float32)
-            keys = head_keys(dk_ptr, dk_strides, dv_ptr, dv_strides, head)
-            store_keys(keys, G + offs_m, inside, offs_d, dk, dv, V.head_dim)
+                dscore = tl.load(dscore_ptr + head.flat * num_tokens + row + offs_m, mask=inside, other=0.0)
+                query = tl.load(one_row(queries.q, G, offs_d), mask=offs_d < V.head_dim, other=0.0)
+                dk += dscore[:, None] * query.to(tl.float32)[None, :]
+            keys = head_keys(dk_ptr, dk_strides, dv_ptr, dv_strides, head, V.is_wide)
+            store_keys(keys, G + row, offs_m, inside, offs_d, dk, dv, V.head_dim)
+    elif G > 0:
+        # 4. Globals: a part of the sum, which the next kernel adds to the others.
+        number = program % global_programs
+        part, row = number // GLOBAL_TILES, number % GLOBAL_TILES * BLOCK_G
+        offs_g, start = tl.arange(0, BLOCK_G), part * part_size
+        is_global = offs_g < G - row
+        if program < global_programs:
+            stop = tl.minimum(start + part_size, G + num_tokens)
+            dq = _dq_of_globals(row, start, stop, queries, source, V, BLOCK_G, BLOCK_N, BLOCK_D, BRANCH)
+            dq_part = rows_at(dq_part_ptr, part_strides, head.flat, part, V.is_wide)
+            store_rows(dq_part, row, offs_g, is_global, offs_d, dq, V.head_dim)
+        else:
+            stop = tl.minimum(start + part_size, num_tokens)
+            dk, dv = _dkv_of_globals(row, start, stop, queries, source, V, BLOCK_G, BLOCK_N, BLOCK_D)
+            dk_part = rows_at(dk_part_ptr, part_strides, head.flat, part, V.is_wide)
+            dv_part = rows_at(dv_part_ptr, part_strides, head.flat, part, V.is_wide)
+            store_keys(Keys(dk_part, dv_part), row, offs_g, is_global, offs_d, dk, dv, V.head_dim)

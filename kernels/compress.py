@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from .heads import head_keys, head_rows, locate_head, store_keys
-from .primitives import MIN_SCORE, is_kept, load_rows, mask_of, store_rows
+from .heads import SIZES, head_keys, head_rows, locate_head, store_keys
+from .primitives import MIN_SCORE, is_kept, load_rows, mask_of, one_row, store_rows
 
 # Columns of head_dim at a time, where whole rows of a chunk would not fit into registers.
 _NORM_COLUMNS = tl.constexpr(64)
@@ -20,13 +20,13 @@ def _squared_norms(k, tokens, kept, V: tl.constexpr):
     G: tl.constexpr = V.num_globals
     for column in tl.range(0, V.head_dim, _NORM_COLUMNS):
         offs_d = column + tl.arange(0, _NORM_COLUMNS)
-        columns = load_rows(k, G + tokens, kept, offs_d, V.head_dim).to(tl.float32)
+        columns = load_rows(k, G, tokens, kept, offs_d, V.head_dim).to(tl.float32)
         norms += tl.sum(columns * columns, 1)
     norms = tl.where(norms == norms, norms, float("inf"))
     return tl.where(kept, norms, -1.0)
 
 
-@triton.jit(do_not_specialize=["mask_batch_stride", "num_tokens", "num_slots"])
+@triton.jit(do_not_specialize=SIZES)
 def _lsg_norm_kernel(
     k_ptr, mask_ptr, index_ptr,
     k_strides, mask_batch_stride, mask_stride, num_heads, num_tokens, num_slots,
@@ -39,23 +39,24 @@ def _lsg_norm_kernel(
     """
     G: tl.constexpr = V.num_globals
     TILES: tl.constexpr = (V.chunk + BLOCK_C - 1) // BLOCK_C
+    CHUNK: tl.constexpr = V.chunk  # triton 3.6 takes no field of a tuple as the end of a static range
     CHOSEN: tl.constexpr = V.chunk // V.factor
     head, tile = locate_head(num_slots // CHOSEN * TILES, num_heads)
     mask = mask_of(mask_ptr, mask_batch_stride, mask_stride, head.batch, V)
     chunk = tile // TILES
-    k = head_rows(k_ptr, k_strides, head)
+    k = head_rows(k_ptr, k_strides, head, V.is_wide)
     offs_m = tile % TILES * BLOCK_C + tl.arange(0, BLOCK_C)
     tokens = chunk * V.chunk + offs_m
-    kept = is_kept(mask, G + tokens, (offs_m < V.chunk) & (tokens < num_tokens), V)
+    kept = is_kept(mask, G, tokens, (offs_m < V.chunk) & (tokens < num_tokens), V)
     norms = _squared_norms(k, tokens, kept, V)
     rank = tl.zeros((BLOCK_C,), tl.int32)
-    for start in tl.static_range(0, V.chunk, BLOCK_C):
+    for start in tl.static_range(0, CHUNK, BLOCK_C):
         offs_n = start + tl.arange(0, BLOCK_C)
         other_norms = norms
         if TILES > 1:
             others = chunk * V.chunk + offs_n
             inside = (offs_n < V.chunk) & (others < num_tokens)
-            other_kept = is_kept(mask, G + others, inside, V)
+            other_kept = is_kept(mask, G, others, inside, V)
             other_norms = _squared_norms(k, others, other_kept, V)
         larger = other_norms[None, :] > norms[:, None]
         earlier = (other_norms[None, :] == norms[:, None]) & (offs_n[None, :] < offs_m[:, None])
@@ -65,7 +66,7 @@ def _lsg_norm_kernel(
     tl.store(index_ptr + head.flat * num_slots + slots, index, mask=(offs_m < V.chunk) & (rank < CHOSEN))
 
 
-@triton.jit(do_not_specialize=["mask_batch_stride", "num_tokens", "num_slots"])
+@triton.jit(do_not_specialize=SIZES)
 def _lsg_pool_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, weight_ptr,
     scale_log2,
@@ -80,22 +81,21 @@ def _lsg_pool_kernel(
     G: tl.constexpr = V.num_globals
     head, tile = locate_head(tl.cdiv(num_slots, BLOCK_N), num_heads)
     mask = mask_of(mask_ptr, mask_batch_stride, mask_stride, head.batch, V)
-    keys = head_keys(k_ptr, k_strides, v_ptr, v_strides, head)
+    keys = head_keys(k_ptr, k_strides, v_ptr, v_strides, head, V.is_wide)
     offs_n, offs_d = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     inside = offs_n < num_slots
     if BY_QUERY:
-        row = tl.full((1,), G, tl.int32)
-        q = load_rows(head_rows(q_ptr, q_strides, head), row, row >= 0, offs_d, V.head_dim)
-        q = q.to(tl.float32) * scale_log2  # (1, BLOCK_D)
+        ptrs = one_row(head_rows(q_ptr, q_strides, head, V.is_wide), G, offs_d)
+        q = tl.load(ptrs, mask=offs_d < V.head_dim, other=0.0).to(tl.float32)[None, :] * scale_log2
     # 1. How many tokens each group has; of their scores, the maximum and the sum of exponentials.
     count, total = tl.zeros((BLOCK_N,), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
     top = tl.full((BLOCK_N,), MIN_SCORE, tl.float32)
     for member in tl.range(0, V.factor):
         tokens = offs_n * V.factor + member
-        kept = is_kept(mask, G + tokens, inside & (tokens < num_tokens), V)
+        kept = is_kept(mask, G, tokens, inside & (tokens < num_tokens), V)
         count += kept.to(tl.float32)
         if BY_QUERY:
-            k = load_rows(keys.k, G + tokens, kept, offs_d, V.head_dim).to(tl.float32)
+            k = load_rows(keys.k, G, tokens, kept, offs_d, V.head_dim).to(tl.float32)
             score = tl.where(kept, tl.sum(q * k, 1), float("-inf"))
             new_top = tl.maximum(top, score)
             total = total * tl.exp2(top - new_top) + tl.exp2(score - new_top)
@@ -105,9 +105,9 @@ def _lsg_pool_kernel(
     for member in tl.range(0, V.factor):
         tokens = offs_n * V.factor + member
         exists = inside & (tokens < num_tokens)
-        kept = is_kept(mask, G + tokens, exists, V)
-        k = load_rows(keys.k, G + tokens, kept, offs_d, V.head_dim).to(tl.float32)
-        v = load_rows(keys.v, G + tokens, kept, offs_d, V.head_dim).to(tl.float32)
+        kept = is_kept(mask, G, tokens, exists, V)
+        k = load_rows(keys.k, G, tokens, kept, offs_d, V.head_dim).to(tl.float32)
+        v = load_rows(keys.v, G, tokens, kept, offs_d, V.head_dim).to(tl.float32)
         if BY_QUERY:
             weight = tl.where(kept, tl.exp2(tl.sum(q * k, 1) - top) / total, 0.0)
         else:
@@ -115,8 +115,8 @@ def _lsg_pool_kernel(
         tl.store(weight_ptr + head.flat * num_tokens + tokens, weight, mask=exists)
         sparse_k += weight[:, None] * k
         sparse_v += weight[:, None] * v
-    slots = head_keys(sparse_k_ptr, sparse_strides, sparse_v_ptr, sparse_strides, head)
-    store_keys(slots, offs_n, inside, offs_d, sparse_k, sparse_v, V.head_dim)
+    slots = head_keys(sparse_k_ptr, sparse_strides, sparse_v_ptr, sparse_strides, head, V.is_wide)
+    store_keys(slots, 0, offs_n, inside, offs_d, sparse_k, sparse_v, V.head_dim)
     tl.store(index_ptr + head.flat * num_slots + offs_n, tl.where(count > 0.0, offs_n, -1), mask=inside)
 
 
@@ -157,7 +157,7 @@ def _hash(
         direction_ptr += head * (V.head_dim * HALF)
         for column in tl.range(0, V.head_dim, _LSH_COLUMNS):
             offs_d = column + tl.arange(0, _LSH_COLUMNS)
-            columns = load_rows(k, G + tokens, kept, offs_d, V.head_dim).to(tl.float32)
+            columns = load_rows(k, G, tokens, kept, offs_d, V.head_dim).to(tl.float32)
             inside = (offs_d < V.head_dim)[:, None] & (offs_h < HALF)[None, :]
             direction = tl.load(direction_ptr + offs_d[:, None] * HALF + offs_h[None, :], mask=inside, other=0.0)
             products = tl.dot(columns, direction, products, input_precision="ieee")
@@ -169,7 +169,7 @@ def _hash(
         return best + HALF * (chosen < 0.0).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["mask_batch_stride", "num_tokens", "num_slots"])
+@triton.jit(do_not_specialize=SIZES)
 def _lsg_lsh_kernel(
     k_ptr, v_ptr, mask_ptr, direction_ptrs, index_ptr, sparse_k_ptr, sparse_v_ptr, slot_ptr, weight_ptr,
     k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_heads, num_tokens, num_slots,
@@ -189,11 +189,11 @@ def _lsg_lsh_kernel(
     CLUSTERS: tl.constexpr = V.chunk // V.factor
     head, chunk = locate_head(num_slots // CLUSTERS, num_heads)
     mask = mask_of(mask_ptr, mask_batch_stride, mask_stride, head.batch, V)
-    keys = head_keys(k_ptr, k_strides, v_ptr, v_strides, head)
+    keys = head_keys(k_ptr, k_strides, v_ptr, v_strides, head, V.is_wide)
     offs_c = tl.arange(0, BLOCK_C)
     tokens = chunk * V.chunk + offs_c
     exists = (offs_c < V.chunk) & (tokens < num_tokens)
-    kept = is_kept(mask, G + tokens, exists, V)
+    kept = is_kept(mask, G, tokens, exists, V)
     # 1. Hash, round by round, unless that was done.
     cluster = tl.zeros((BLOCK_C,), tl.int32)
     slot_ptr += head.flat * num_tokens + tokens
@@ -216,11 +216,11 @@ def _lsg_lsh_kernel(
     member = (offs_n[:, None] == cluster[None, :]) & kept[None, :]  # (BLOCK_N, BLOCK_C)
     count = tl.sum(member.to(tl.float32), 1)
     share = (1.0 / (count + _LSH_EPS))[:, None]
-    sparse = head_keys(sparse_k_ptr, sparse_strides, sparse_v_ptr, sparse_strides, head)
+    sparse = head_keys(sparse_k_ptr, sparse_strides, sparse_v_ptr, sparse_strides, head, V.is_wide)
     for column in tl.range(0, V.head_dim, _LSH_COLUMNS):
         offs_d = column + tl.arange(0, _LSH_COLUMNS)
-        k = load_rows(keys.k, G + tokens, kept, offs_d, V.head_dim)
-        store_rows(sparse.k, slots, inside, offs_d, _one_hot_dot(member, k) * share, V.head_dim)
-        v = load_rows(keys.v, G + tokens, kept, offs_d, V.head_dim)
-        store_rows(sparse.v, slots, inside, offs_d, _one_hot_dot(member, v) * share, V.head_dim)
+        k = load_rows(keys.k, G, tokens, kept, offs_d, V.head_dim)
+        store_rows(sparse.k, 0, slots, inside, offs_d, _one_hot_dot(member, k) * share, V.head_dim)
+        v = load_rows(keys.v, G, tokens, kept, offs_d, V.head_dim)
+        store_rows(sparse.v, 0, slots, inside, offs_d, _one_hot_dot(member, v) * share, V.head_dim)
     tl.store(index_ptr + head.flat * num_slots + slots, tl.where(count > 0.0, slots, -1), mask=inside)

@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .heads import head_rows, locate_head, locate_source
+from .heads import SIZES, head_rows, locate_head, locate_source, locate_tile
 from .primitives import (
     MIN_SCORE,
     draws_of,
     dropout_keeps,
     load_rows,
+    one_row,
     rows_at,
     softmax_end,
     softmax_start,
@@ -29,10 +30,8 @@ class _Queries(NamedTuple):
 
 
 @triton.jit
-def _attend(state, tile, keys, offs_n, visible, source, KIND: tl.constexpr, V: tl.constexpr):
+def _attend(state, tile, keys, scores, offs_n, source, KIND: tl.constexpr, V: tl.constexpr):
     """The STEP of a walk whose state is a Softmax."""
-    scores = tl.dot(tile.q, tl.trans(keys.k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
-    scores = tl.where(visible, scores, float("-inf"))
     keeps = None
     if V.has_dropout:
         keeps = dropout_keeps(tile.draws, key_columns(offs_n, source, KIND, V), tile.q.shape[0], False)
@@ -42,82 +41,83 @@ def _attend(state, tile, keys, offs_n, visible, source, KIND: tl.constexpr, V: t
 @triton.jit
 def _global_tile(
     first_row, start, stop, q, source,
-    V: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    V: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BRANCH: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_G global queries over positions [start, stop): their output and log-sum-exp."""
-    offs_m, offs_d = first_row + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
-    q = load_rows(q, offs_m, offs_m < V.num_globals, offs_d, V.head_dim)  # (BLOCK_G, BLOCK_D)
+    offs_g, offs_d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    q = load_rows(q, first_row, offs_g, offs_g < V.num_globals - first_row, offs_d, V.head_dim)  # (BLOCK_G, BLOCK_D)
     tile = _Queries(q, draws_of(source.generator, first_row // 4, BLOCK_G))
-    state = walk_part(softmax_start(BLOCK_G, BLOCK_D), tile, start, stop, source, V, BLOCK_N, _attend)
-    return softmax_end(state, source.scale_log2)
+    state = walk_part(softmax_start(BLOCK_G, BLOCK_D), tile, start, stop, source, V, BLOCK_N, BRANCH, _attend)
+    return softmax_end(state, source.scale_log2, 1.0)
 
 
 @triton.jit
 def _token_tile(
     first_row, q, source,
     V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M tokens from ``first_row`` on over all that they see: their output and log-sum-exp."""
     G: tl.constexpr = V.num_globals
-    offs_m, offs_d = first_row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    q = load_rows(q, G + offs_m, offs_m < source.num_tokens, offs_d, V.head_dim)  # (BLOCK_M, BLOCK_D)
+    offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    inside = offs_m < source.num_tokens - first_row
+    q = load_rows(q, G + first_row, offs_m, inside, offs_d, V.head_dim)  # (BLOCK_M, BLOCK_D)
     tile = _Queries(q, draws_of(source.generator, (G + 3) // 4 + first_row // 4, BLOCK_M))
-    state = walk_keys(softmax_start(BLOCK_M, BLOCK_D), tile, first_row, source, V, BLOCK_M, BLOCK_N, BLOCK_G, _attend)
-    return softmax_end(state, source.scale_log2)
+    state = softmax_start(BLOCK_M, BLOCK_D)
+    state = walk_keys(state, tile, first_row, source, V, BLOCK_M, BLOCK_N, BLOCK_G, BRANCH, _attend)
+    return softmax_end(state, source.scale_log2, source.kept_scale)
 
 
-# What follows from the length is not specialised, or other lengths would compile the kernel again.
-@triton.jit(
-    do_not_specialize=["seed", "threshold", "mask_batch_stride", "num_tokens", "num_slots", "part_size", "num_parts"]
-)
+@triton.jit(do_not_specialize=SIZES)
 def _lsg_fwd_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr,
     out_ptr, lse_ptr, part_ptr, part_lse_ptr,
     scale_log2, kept_scale, seed, threshold,
     q_strides, k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, out_strides, part_strides,
-    num_heads, num_tokens, num_slots, part_size, num_parts,
+    batch, num_heads, num_tokens, num_slots, part_size, num_parts,
     V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    BRANCH: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries: BLOCK_M tokens over all keys they see, or BLOCK_G globals over one part of the sequence.
 
-    Grid: batch * heads * (cdiv(G, BLOCK_G) * num_parts + cdiv(num_tokens, BLOCK_M)); the globals of a head come first.
+    Grid: batch * heads * (cdiv(num_tokens, BLOCK_M) + cdiv(G, BLOCK_G) * num_parts), as locate_tile orders them.
     Writes the tokens' rows of ``out`` (batch, heads, G+T, head_dim) and ``lse`` (batch, heads, G+T) float32, and the
     globals' ``part`` (batch * heads, num_parts, G, head_dim) and ``part_lse`` (batch * heads, num_parts, G), float32.
     """
     # 1. Locate the head and the tile.
     GLOBAL_TILES: tl.constexpr = (V.num_globals + BLOCK_G - 1) // BLOCK_G
     length = V.num_globals + num_tokens
-    global_programs = GLOBAL_TILES * num_parts
-    programs = global_programs + tl.cdiv(num_tokens, BLOCK_M)
-    head, program = locate_head(programs, num_heads)
-    q = head_rows(q_ptr, q_strides, head)
+    head, program, is_token = locate_tile(tl.cdiv(num_tokens, BLOCK_M), GLOBAL_TILES * num_parts, batch, num_heads)
+    q = head_rows(q_ptr, q_strides, head, V.is_wide)
     source = locate_source(
         head, k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, scale_log2, kept_scale, seed, threshold,
         k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_tokens, num_slots, V,
     )  # fmt: skip
     offs_d = tl.arange(0, BLOCK_D)
 
-    if program < global_programs:
-        # 2. Globals: a part of the softmax, which the next kernel combines with the others.
+    if is_token:
+        # 2. Tokens: the whole softmax.
+        row = program * BLOCK_M
+        out, lse = _token_tile(row, q, source, V, BLOCK_M, BLOCK_N, BLOCK_G, BLOCK_D, BRANCH)
+        offs_m, first = tl.arange(0, BLOCK_M), V.num_globals + row
+        inside = offs_m < num_tokens - row
+        rows = head_rows(out_ptr, out_strides, head, V.is_wide)
+        store_rows(rows, first, offs_m, inside, offs_d, out, V.head_dim)
+        tl.store(lse_ptr + head.flat * length + first + offs_m, lse, mask=inside)
+    elif V.num_globals > 0:
+        # 3. Globals: a part of the softmax, which the next kernel combines with the others.
         part, row = program // GLOBAL_TILES, program % GLOBAL_TILES * BLOCK_G
         start, stop = part * part_size, tl.minimum((part + 1) * part_size, length)
-        part_out, part_lse = _global_tile(row, start, stop, q, source, V, BLOCK_G, BLOCK_N, BLOCK_D)
-        offs_g = row + tl.arange(0, BLOCK_G)
-        parts = rows_at(part_ptr, part_strides, head.flat, part)
-        store_rows(parts, offs_g, offs_g < V.num_globals, offs_d, part_out, V.head_dim)
-        part_lse_ptr += (head.flat * num_parts + part) * V.num_globals
-        tl.store(part_lse_ptr + offs_g, part_lse, mask=offs_g < V.num_globals)
-    else:
-        # 3. Tokens: the whole softmax.
-        row = (program - global_programs) * BLOCK_M
-        out, lse = _token_tile(row, q, source, V, BLOCK_M, BLOCK_N, BLOCK_G, BLOCK_D)
-        offs_m = V.num_globals + row + tl.arange(0, BLOCK_M)
-        rows = head_rows(out_ptr, out_strides, head)
-        store_rows(rows, offs_m, offs_m < length, offs_d, out * kept_scale, V.head_dim)
-        tl.store(lse_ptr + head.flat * length + offs_m, lse, mask=offs_m < length)
+        part_out, part_lse = _global_tile(row, start, stop, q, source, V, BLOCK_G, BLOCK_N, BLOCK_D, BRANCH)
+        offs_g = tl.arange(0, BLOCK_G)
+        is_global = offs_g < V.num_globals - row
+        parts = rows_at(part_ptr, part_strides, head.flat, part, V.is_wide)
+        store_rows(parts, row, offs_g, is_global, offs_d, part_out, V.head_dim)
+        part_lse_ptr += (head.flat * num_parts + part) * V.num_globals + row
+        tl.store(part_lse_ptr + offs_g, part_lse, mask=is_global)
 
 
-@triton.jit(do_not_specialize=["length", "num_parts"])
+@triton.jit(do_not_specialize=SIZES)
 def _lsg_fwd_combine_kernel(
     part_ptr, part_lse_ptr, out_ptr, lse_ptr, kept_scale,
     part_strides, out_strides, num_heads, length, num_parts,
@@ -130,7 +130,7 @@ def _lsg_fwd_combine_kernel(
     head, row = locate_head(NUM_GLOBALS, num_heads)
     offs_d = tl.arange(0, BLOCK_D)
     by_part = (part_strides[0], part_strides[2], part_strides[1], part_strides[3])  # the parts of a row as its rows
-    rows = rows_at(part_ptr, by_part, head.flat, row)
+    rows = rows_at(part_ptr, by_part, head.flat, row, True)
     part_lse_ptr += head.flat * num_parts * NUM_GLOBALS + row
     row_max, row_sum, acc = tl.full((), MIN_SCORE, tl.float32), 0.0, tl.zeros((BLOCK_D,), tl.float32)
     for start in tl.range(0, num_parts, BLOCK_N):
@@ -138,7 +138,7 @@ def _lsg_fwd_combine_kernel(
         inside = offs_n < num_parts
         lse = tl.load(part_lse_ptr + offs_n * NUM_GLOBALS, mask=inside, other=float("inf"))
         lse = tl.where(lse == float("inf"), float("-inf"), lse)  # a part that saw nothing has no weight
-        parts = load_rows(rows, offs_n, inside, offs_d, HEAD_DIM)  # (BLOCK_N, BLOCK_D)
+        parts = load_rows(rows, start, tl.arange(0, BLOCK_N), inside, offs_d, HEAD_DIM)  # (BLOCK_N, BLOCK_D)
         new_max = tl.maximum(row_max, tl.max(lse, 0))
         weight, rescale = tl.exp(lse - new_max), tl.exp(row_max - new_max)
         row_sum = row_sum * rescale + tl.sum(weight, 0)
@@ -147,6 +147,6 @@ def _lsg_fwd_combine_kernel(
     empty = row_sum == 0.0
     lse = tl.where(empty, float("inf"), row_max + tl.log(row_sum))
     out = acc / tl.where(empty, 1.0, row_sum) * kept_scale
-    out_ptr = head_rows(out_ptr, out_strides, head).ptr + row.to(tl.int64) * out_strides[2]
-    tl.store(out_ptr + offs_d * out_strides[3], out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
+    rows = head_rows(out_ptr, out_strides, head, True)
+    tl.store(one_row(rows, row, offs_d), out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
     tl.store(lse_ptr + head.flat * length + row, lse)

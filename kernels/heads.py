@@ -7,9 +7,17 @@ import triton.language as tl
 
 from .primitives import generator_of, mask_of, rows_at, store_rows
 
+# Arguments that differ between batches. They are not specialised, or other batches would compile the kernels again.
+SIZES = [
+    "seed", "threshold", "mask_batch_stride", "batch", "length", "num_tokens", "num_slots", "num_tiles",
+    "part_size", "num_parts",
+]  # fmt: skip
+# Rows that no tile of queries has more of.
+SUMS_PADDED = tl.constexpr(128)
+
 
 class Head(NamedTuple):
-    """One head: its number among all heads of the batch (int64), its batch entry, and its number there (int32)."""
+    """One head: its number among all heads of the batch (int64), its batch entry, and its number there."""
 
     flat: Any
     batch: Any
@@ -24,12 +32,11 @@ class Keys(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """The Rows of queries and of the gradient of their output; pointers to their log-sum-exps and deltas."""
+    """The Rows of queries and of the gradient of their output, and a pointer to their sums (see :func:`sums_rows`)."""
 
     q: Any
     dout: Any
-    lse_ptr: Any
-    delta_ptr: Any
+    sums_ptr: Any
 
 
 class Source(NamedTuple):
@@ -61,27 +68,46 @@ class Source(NamedTuple):
 @triton.jit
 def locate_head(programs, num_heads):
     """The Head of this program, and its number among the ``programs`` that each head has."""
-    flat, program = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
-    return Head(flat, flat // num_heads, (flat % num_heads).to(tl.int32)), program
+    return _head_of(tl.program_id(0), programs, num_heads)
 
 
 @triton.jit
-def head_rows(ptr, strides, head):
+def locate_tile(token_programs, global_programs, batch, num_heads):
+    """The Head of this program, its number among that head's programs for tokens or for globals, and which of the two.
+
+    Those for tokens come first, of all heads: they take longest. Those for globals then fill the multiprocessors that
+    have no more of them.
+    """
+    num_first = batch * num_heads * token_programs
+    is_token = tl.program_id(0) < num_first
+    program = tl.program_id(0) - tl.where(is_token, 0, num_first)
+    head, program = _head_of(program, tl.where(is_token, token_programs, global_programs), num_heads)
+    return head, program, is_token
+
+
+@triton.jit
+def _head_of(program, programs, num_heads):
+    flat = program // programs  # divided in 32 bits, which takes a few instructions, not dozens
+    return Head(flat.to(tl.int64), flat // num_heads, flat % num_heads), program % programs
+
+
+@triton.jit
+def head_rows(ptr, strides, head, WIDE: tl.constexpr):
     """The Rows of one head of a (batch, heads, length, head_dim) tensor."""
-    return rows_at(ptr, strides, head.batch, head.index)
+    return rows_at(ptr, strides, head.batch, head.index, WIDE)
 
 
 @triton.jit
-def head_keys(k_ptr, k_strides, v_ptr, v_strides, head):
+def head_keys(k_ptr, k_strides, v_ptr, v_strides, head, WIDE: tl.constexpr):
     """The Keys of one head, or what else is of keys and of values."""
-    return Keys(head_rows(k_ptr, k_strides, head), head_rows(v_ptr, v_strides, head))
+    return Keys(head_rows(k_ptr, k_strides, head, WIDE), head_rows(v_ptr, v_strides, head, WIDE))
 
 
 @triton.jit
-def store_keys(keys, rows, inside, offs_d, k, v, HEAD_DIM: tl.constexpr):
+def store_keys(keys, first, rows, inside, offs_d, k, v, HEAD_DIM: tl.constexpr):
     """Write tiles (rows, BLOCK_D) to the rows of Keys that are ``inside``, in the tensors' dtype."""
-    store_rows(keys.k, rows, inside, offs_d, k, HEAD_DIM)
-    store_rows(keys.v, rows, inside, offs_d, v, HEAD_DIM)
+    store_rows(keys.k, first, rows, inside, offs_d, k, HEAD_DIM)
+    store_rows(keys.v, first, rows, inside, offs_d, v, HEAD_DIM)
 
 
 @triton.jit
@@ -91,10 +117,10 @@ def locate_source(
     k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_tokens, num_slots, V: tl.constexpr,
 ):  # fmt: skip
     """The Source of one head; arguments as the kernels have them."""
-    tokens = head_keys(k_ptr, k_strides, v_ptr, v_strides, head)
+    tokens = head_keys(k_ptr, k_strides, v_ptr, v_strides, head, V.is_wide)
     slots = tokens
     if V.sparsity == "compressed":
-        slots = head_keys(sparse_k_ptr, sparse_strides, sparse_v_ptr, sparse_strides, head)
+        slots = head_keys(sparse_k_ptr, sparse_strides, sparse_v_ptr, sparse_strides, head, V.is_wide)
     mask = mask_of(mask_ptr, mask_batch_stride, mask_stride, head.batch, V)
     index_ptr = _index_of(index_ptr, head, num_slots, V)
     generator = generator_of(seed, threshold, head.flat, num_tokens, num_slots, V)
@@ -112,11 +138,28 @@ def _index_of(index_ptr, head, num_slots, V: tl.constexpr):
 
 
 @triton.jit
+def first_of_tokens(NUM_GLOBALS: tl.constexpr):
+    """The row of a head's sums that is the first token's."""
+    return (NUM_GLOBALS + SUMS_PADDED - 1) // SUMS_PADDED * SUMS_PADDED
+
+
+@triton.jit
+def sums_rows(num_tokens, NUM_GLOBALS: tl.constexpr):
+    """The rows of a head's ``sums``: of each query, the log-sum-exp in base 2 and the delta.
+
+    First come the globals, then the tokens. After both are rows of no query, +inf and 0, which give a query the
+    probability 0: more than any tile has, so that no load of sums needs a mask.
+    """
+    return first_of_tokens(NUM_GLOBALS) + (tl.cdiv(num_tokens, SUMS_PADDED) + 1) * SUMS_PADDED
+
+
+@triton.jit
 def locate_queries(
-    head, q_ptr, dout_ptr, lse_ptr, delta_ptr, q_strides, dout_strides, num_tokens, V: tl.constexpr
+    head, q_ptr, dout_ptr, sums_ptr, q_strides, dout_strides, num_tokens, V: tl.constexpr
 ):  # fmt: skip
     """The Queries of one head."""
-    first = head.flat * (V.num_globals + num_tokens)
     return Queries(
-        head_rows(q_ptr, q_strides, head), head_rows(dout_ptr, dout_strides, head), lse_ptr + first, delta_ptr + first
+        head_rows(q_ptr, q_strides, head, V.is_wide),
+        head_rows(dout_ptr, dout_strides, head, V.is_wide),
+        sums_ptr + head.flat * (2 * sums_rows(num_tokens, V.num_globals)),
     )

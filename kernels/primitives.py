@@ -11,10 +11,11 @@ MIN_SCORE = tl.constexpr(-3.0e38)
 
 
 class Rows(NamedTuple):
-    """The rows x[i, j] of a 4-D tensor x, such as those of one head: a pointer to the first, and x's strides."""
+    """The rows x[i, j] of a 4-D tensor x, such as those of one head: a pointer to the first, and the two strides."""
 
     ptr: Any
-    strides: Any
+    stride: Any
+    column_stride: Any
 
 
 class Mask(NamedTuple):
@@ -50,51 +51,73 @@ class Draws(NamedTuple):
 
 
 @triton.jit
-def rows_at(ptr, strides, i, j):
-    """The Rows x[i, j] of the tensor x at ``ptr``."""
-    return Rows(ptr + i.to(tl.int64) * strides[0] + j.to(tl.int64) * strides[1], strides)
+def rows_at(ptr, strides, i, j, WIDE: tl.constexpr):
+    """The Rows x[i, j] of the tensor x at ``ptr``. WIDE: their offsets from x[i, j] may pass 2^31."""
+    ptr += i.to(tl.int64) * strides[0] + j.to(tl.int64) * strides[1]
+    return Rows(ptr, _widened(strides[2], WIDE), _widened(strides[3], WIDE))
 
 
 @triton.jit
-def row_ptrs(x, rows, offs_d):
-    """Pointers (rows, BLOCK_D) to elements of Rows; 64-bit, as a row times its stride may pass 2^31."""
-    return x.ptr + rows.to(tl.int64)[:, None] * x.strides[2] + offs_d.to(tl.int64)[None, :] * x.strides[3]
+def _widened(stride, WIDE: tl.constexpr):
+    """The stride, in 64 bits if WIDE; what is multiplied by it then has 64 bits too."""
+    if WIDE:
+        return tl.cast(stride, tl.int64)
+    else:
+        return stride
 
 
 @triton.jit
-def load_rows(x, rows, readable, offs_d, HEAD_DIM: tl.constexpr):
-    """A (rows, BLOCK_D) tile of Rows, 0 where not ``readable`` and past head_dim."""
+def row_ptrs(x, first, rows, offs_d):
+    """Pointers (rows, BLOCK_D) to elements of Rows, ``rows`` after the row ``first``.
+
+    What is the same for a whole tile is added to the pointer first, so that a loop adds no more than that.
+    """
+    return (x.ptr + first * x.stride) + (rows[:, None] * x.stride + offs_d[None, :] * x.column_stride)
+
+
+@triton.jit
+def one_row(x, row, offs_d):
+    """Pointers (BLOCK_D,) to one row of Rows."""
+    return x.ptr + row * x.stride + offs_d * x.column_stride
+
+
+@triton.jit
+def load_rows(x, first, rows, readable, offs_d, HEAD_DIM: tl.constexpr):
+    """A (rows, BLOCK_D) tile of Rows, 0 where not ``readable`` and past head_dim; addresses as for row_ptrs."""
     mask = readable[:, None]
     if offs_d.shape[0] != HEAD_DIM:
         mask = mask & (offs_d < HEAD_DIM)[None, :]
-    return tl.load(row_ptrs(x, rows, offs_d), mask=mask, other=0.0)
+    return tl.load(row_ptrs(x, first, rows, offs_d), mask=mask, other=0.0)
 
 
 @triton.jit
-def store_rows(x, rows, inside, offs_d, tile, HEAD_DIM: tl.constexpr):
-    """Write a (rows, BLOCK_D) tile to the Rows that are ``inside``, in the tensor's dtype."""
+def store_rows(x, first, rows, inside, offs_d, tile, HEAD_DIM: tl.constexpr):
+    """Write a (rows, BLOCK_D) tile to the Rows that are ``inside``, in their dtype; addresses as for row_ptrs."""
     mask = inside[:, None]
     if offs_d.shape[0] != HEAD_DIM:
         mask = mask & (offs_d < HEAD_DIM)[None, :]
-    tl.store(row_ptrs(x, rows, offs_d), tile.to(x.ptr.dtype.element_ty), mask=mask)
+    tl.store(row_ptrs(x, first, rows, offs_d), tile.to(x.ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def mask_of(mask_ptr, batch_stride, stride, batch, V: tl.constexpr):
     """The Mask of one batch entry."""
     if V.has_mask:
-        return Mask(mask_ptr + batch.to(tl.int64) * batch_stride, stride)
+        return Mask(mask_ptr + batch.to(tl.int64) * batch_stride, _widened(stride, V.is_wide))
     else:
         return Mask(0, 0)  # a function cannot return the None that mask_ptr is
 
 
 @triton.jit
-def is_kept(mask, positions, inside, V: tl.constexpr):
-    """Which positions of the sequence are tokens, of those ``inside`` it. Column 0 is position ``V.mask_first``."""
+def is_kept(mask, first, rows, inside, V: tl.constexpr):
+    """Which of the positions ``rows`` after ``first`` are tokens, of those ``inside`` the sequence.
+
+    Column 0 of the mask is position ``V.mask_first``.
+    """
     if V.has_mask:
-        column = positions - V.mask_first
-        kept = tl.load(mask.ptr + column.to(tl.int64) * mask.stride, mask=inside & (column >= 0), other=1) != 0
-        return inside & kept
+        column = first - V.mask_first
+        ptrs = (mask.ptr + column * mask.stride) + rows * mask.stride
+        return inside & (tl.load(ptrs, mask=inside & (rows >= -column), other=1) != 0)
     else:
         return inside
 
@@ -126,14 +149,14 @@ def softmax_step(state, scores, v, keeps, scale_log2):
 
 
 @triton.jit
-def softmax_end(state, scale_log2):
-    """The normalised rows and their natural log-sum-exp; 0 and +inf for a row that saw nothing.
+def softmax_end(state, scale_log2, factor):
+    """The normalised rows times ``factor``, and their natural log-sum-exp; 0 and +inf for a row that saw nothing.
 
     With +inf a backward's ``exp(score - lse)`` is 0 there, where -inf would make it NaN.
     """
     empty = state.row_sum == 0.0
     lse = (state.row_max * scale_log2 + tl.log2(state.row_sum)) * LN2
-    return state.acc / tl.where(empty, 1.0, state.row_sum)[:, None], tl.where(empty, float("inf"), lse)
+    return state.acc * (factor / tl.where(empty, 1.0, state.row_sum))[:, None], tl.where(empty, float("inf"), lse)
 
 
 @triton.jit

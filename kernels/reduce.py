@@ -3,30 +3,37 @@
 import triton
 import triton.language as tl
 
-from .heads import head_keys, head_rows, locate_head
-from .primitives import LN2, Rows, is_kept, load_rows, mask_of, rows_at
+from .heads import SIZES, first_of_tokens, head_keys, head_rows, locate_head, sums_rows
+from .primitives import LN2, Rows, is_kept, load_rows, mask_of, one_row, rows_at
 
 
-@triton.jit(do_not_specialize=["length"])
-def _lsg_bwd_delta_kernel(
-    out_ptr, dout_ptr, delta_ptr,
-    out_strides, dout_strides, num_heads, length,
-    HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+@triton.jit(do_not_specialize=SIZES)
+def _lsg_bwd_sums_kernel(
+    out_ptr, dout_ptr, lse_ptr, sums_ptr,
+    out_strides, dout_strides, num_heads, num_tokens,
+    NUM_GLOBALS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The sums of out * dout of BLOCK_M rows of one head: of each query's probabilities times their gradients.
+    """The sums of BLOCK_M queries of one head: the log-sum-exp in base 2; and delta, the sum of out * dout.
 
-    Grid: batch * heads * cdiv(length, BLOCK_M). Writes ``delta`` (batch, heads, length) float32.
+    Grid: batch * heads * (sums_rows / BLOCK_M). Writes ``sums`` (batch, heads, sums_rows, 2) float32.
     """
-    head, tile = locate_head(tl.cdiv(length, BLOCK_M), num_heads)
-    offs_m, offs_d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    inside = offs_m < length
-    out = load_rows(head_rows(out_ptr, out_strides, head), offs_m, inside, offs_d, HEAD_DIM)
-    dout = load_rows(head_rows(dout_ptr, dout_strides, head), offs_m, inside, offs_d, HEAD_DIM)
+    FIRST: tl.constexpr = first_of_tokens(NUM_GLOBALS)
+    rows = sums_rows(num_tokens, NUM_GLOBALS)
+    head, tile = locate_head(rows // BLOCK_M, num_heads)
+    first_row, offs_m, offs_d = tile * BLOCK_M, tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    is_token, length = first_row >= FIRST, NUM_GLOBALS + num_tokens
+    first = tl.where(is_token, first_row - FIRST + NUM_GLOBALS, first_row)
+    inside = offs_m < tl.where(is_token, length, NUM_GLOBALS) - first
+    out = load_rows(head_rows(out_ptr, out_strides, head, True), first, offs_m, inside, offs_d, HEAD_DIM)
+    dout = load_rows(head_rows(dout_ptr, dout_strides, head, True), first, offs_m, inside, offs_d, HEAD_DIM)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    tl.store(delta_ptr + head.flat * length + offs_m, delta, mask=inside)
+    lse = tl.load(lse_ptr + head.flat * length + first + offs_m, mask=inside, other=float("inf"))
+    sums_ptr += (head.flat * rows + first_row) * 2
+    tl.store(sums_ptr + 2 * offs_m, lse / LN2)
+    tl.store(sums_ptr + 2 * offs_m + 1, delta)
 
 
-@triton.jit(do_not_specialize=["mask_batch_stride", "num_tokens", "num_slots"])
+@triton.jit(do_not_specialize=SIZES)
 def _lsg_bwd_weights_kernel(
     k_ptr, v_ptr, mask_ptr, sparse_k_ptr, sparse_v_ptr, weight_ptr, dslot_k_ptr, dslot_v_ptr, dscore_ptr, bos_part_ptr,
     scale_log2,
@@ -46,18 +53,18 @@ def _lsg_bwd_weights_kernel(
     head, tile = locate_head(tiles, num_heads)
     mask = mask_of(mask_ptr, mask_batch_stride, mask_stride, head.batch, V)
     offs_n, offs_d = tile * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    positions, slots, inside = V.num_globals + offs_n, offs_n // V.factor, offs_n < num_tokens
-    kept = is_kept(mask, positions, inside, V)
+    slots, inside = offs_n // V.factor, offs_n < num_tokens
+    kept = is_kept(mask, V.num_globals, offs_n, inside, V)
     # 1. What each weight's gradient is above the mean of its slot's.
-    keys = head_keys(k_ptr, k_strides, v_ptr, v_strides, head)
-    k = load_rows(keys.k, positions, kept, offs_d, V.head_dim).to(tl.float32)
-    v = load_rows(keys.v, positions, kept, offs_d, V.head_dim).to(tl.float32)
-    sparse = head_keys(sparse_k_ptr, sparse_strides, sparse_v_ptr, sparse_strides, head)
-    sparse_k = load_rows(sparse.k, slots, kept, offs_d, V.head_dim).to(tl.float32)
-    sparse_v = load_rows(sparse.v, slots, kept, offs_d, V.head_dim).to(tl.float32)
-    dslots = head_keys(dslot_k_ptr, slot_strides, dslot_v_ptr, slot_strides, head)
-    dslot_k = load_rows(dslots.k, slots, kept, offs_d, V.head_dim)
-    dslot_v = load_rows(dslots.v, slots, kept, offs_d, V.head_dim)
+    keys = head_keys(k_ptr, k_strides, v_ptr, v_strides, head, V.is_wide)
+    k = load_rows(keys.k, V.num_globals, offs_n, kept, offs_d, V.head_dim).to(tl.float32)
+    v = load_rows(keys.v, V.num_globals, offs_n, kept, offs_d, V.head_dim).to(tl.float32)
+    sparse = head_keys(sparse_k_ptr, sparse_strides, sparse_v_ptr, sparse_strides, head, V.is_wide)
+    sparse_k = load_rows(sparse.k, 0, slots, kept, offs_d, V.head_dim).to(tl.float32)
+    sparse_v = load_rows(sparse.v, 0, slots, kept, offs_d, V.head_dim).to(tl.float32)
+    dslots = head_keys(dslot_k_ptr, slot_strides, dslot_v_ptr, slot_strides, head, V.is_wide)
+    dslot_k = load_rows(dslots.k, 0, slots, kept, offs_d, V.head_dim)
+    dslot_v = load_rows(dslots.v, 0, slots, kept, offs_d, V.head_dim)
     excess = tl.sum(dslot_k * (k - sparse_k), 1)
     excess += tl.sum(dslot_v * (v - sparse_v), 1)
     # 2. The scores' gradients, and the query's.
@@ -74,15 +81,8 @@ def _sum_parts(parts, num_parts, offs_d, HEAD_DIM: tl.constexpr, BLOCK_N: tl.con
     acc = tl.zeros(offs_d.shape, tl.float32)
     for start in tl.range(0, num_parts, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
-        acc += tl.sum(load_rows(parts, offs_n, offs_n < num_parts, offs_d, HEAD_DIM), 0)
+        acc += tl.sum(load_rows(parts, 0, offs_n, offs_n < num_parts, offs_d, HEAD_DIM), 0)
     return acc
-
-
-@triton.jit
-def _one_row(ptr, strides, head, row, offs_d):
-    """Pointers (BLOCK_D,) to one row of one head of a tensor (batch, heads, length, head_dim)."""
-    rows = head_rows(ptr, strides, head)
-    return rows.ptr + row.to(tl.int64) * strides[2] + offs_d.to(tl.int64) * strides[3]
 
 
 @triton.jit
@@ -92,12 +92,12 @@ def _combine_row(
 ):  # fmt: skip
     """Write the sum of the parts of one row of a gradient."""
     by_part = (part_strides[0], part_strides[2], part_strides[1], part_strides[3])  # the parts of a row as its rows
-    acc = _sum_parts(rows_at(part_ptr, by_part, head.flat, row), num_parts, offs_d, HEAD_DIM, BLOCK_N)
-    ptrs = _one_row(grad_ptr, grad_strides, head, row, offs_d)
+    acc = _sum_parts(rows_at(part_ptr, by_part, head.flat, row, True), num_parts, offs_d, HEAD_DIM, BLOCK_N)
+    ptrs = one_row(head_rows(grad_ptr, grad_strides, head, True), row, offs_d)
     tl.store(ptrs, acc.to(grad_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
 
 
-@triton.jit(do_not_specialize=["num_parts", "num_tiles"])
+@triton.jit(do_not_specialize=SIZES)
 def _lsg_bwd_combine_kernel(
     dq_part_ptr, dk_part_ptr, dv_part_ptr, bos_part_ptr, dq_ptr, dk_ptr, dv_ptr,
     part_strides, dq_strides, dk_strides, dv_strides, num_heads, num_parts, num_tiles,
@@ -123,8 +123,8 @@ def _lsg_bwd_combine_kernel(
             dv_part_ptr, part_strides, dv_ptr, dv_strides, head, row, num_parts, offs_d, HEAD_DIM, BLOCK_N
         )  # fmt: skip
     elif HAS_BOS:
-        parts = Rows(bos_part_ptr + head.flat * num_tiles * HEAD_DIM, (0, 0, HEAD_DIM, 1))
+        parts = Rows(bos_part_ptr + head.flat * num_tiles * HEAD_DIM, HEAD_DIM, 1)
         acc = _sum_parts(parts, num_tiles, offs_d, HEAD_DIM, BLOCK_N)
-        ptrs, inside = _one_row(dq_ptr, dq_strides, head, row, offs_d), offs_d < HEAD_DIM
+        ptrs, inside = one_row(head_rows(dq_ptr, dq_strides, head, True), row, offs_d), offs_d < HEAD_DIM
         acc += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
         tl.store(ptrs, acc.to(dq_ptr.dtype.element_ty), mask=inside)

@@ -41,13 +41,13 @@ def add_slots(
 ):  # fmt: skip
     """Add the gradients of slots, Keys, to those of the BLOCK_M tokens that they were made of, each by its weight."""
     offs_n, offs_d = first_row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    kept = is_kept(source.mask, V.num_globals + offs_n, offs_n < source.num_tokens, V)
+    kept = is_kept(source.mask, V.num_globals, offs_n, offs_n < source.num_tokens, V)
     last = tl.minimum(first_row + BLOCK_M, source.num_tokens) - 1
     slots = _slots_of(offs_n, first_row, last, source, slot_ptr, V)
     kept = kept & (slots >= 0)
     weight = 1.0
     if V.sparsity == "compressed":
         weight = tl.load(weight_ptr + offs_n, mask=kept, other=0.0)[:, None]
-    dk += weight * load_rows(dslots.k, slots, kept, offs_d, V.head_dim)
-    dv += weight * load_rows(dslots.v, slots, kept, offs_d, V.head_dim)
+    dk += weight * load_rows(dslots.k, 0, slots, kept, offs_d, V.head_dim)
+    dv += weight * load_rows(dslots.v, 0, slots, kept, offs_d, V.head_dim)
     return dk, dv

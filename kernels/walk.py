@@ -1,8 +1,8 @@
 """The walk over keys that the forward and the gradient of queries share: globals, slots, then local windows.
 
-What is done with a tile of keys is a STEP: a jit function of (state, tile, keys, offs_n, visible, source, KIND, V) that
+What is done with a tile of keys is a STEP: a jit function of (state, tile, keys, scores, offs_n, source, KIND, V) that
 returns the next state. ``tile``: a named tuple of the tile's queries that has ``q`` (BLOCK_M, BLOCK_D). ``keys``:
-Keys (BLOCK_N, BLOCK_D) of the keys ``offs_n``; ``visible``: which of them each query sees, (1 or BLOCK_M, BLOCK_N).
+Keys (BLOCK_N, BLOCK_D) of the keys ``offs_n``; ``scores``: (BLOCK_M, BLOCK_N), -inf where a key is not visible.
 """
 
 import triton
@@ -12,10 +12,10 @@ from .heads import Keys
 from .primitives import load_rows
 from .windows import (
     KeyRange,
-    are_visible,
     find_keys,
     global_keys,
     in_windows,
+    look,
     slots_seen,
     tokens_seen,
     trim,
@@ -38,9 +38,31 @@ def tile_of(tile, near_tiles, near, far, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _score(q, k, start, offs_n, stop, has_gaps, source, KIND: tl.constexpr, V: tl.constexpr, BRANCH: tl.constexpr):
+    """The scores of keys ``offs_n`` after ``start``, -inf where one is not visible.
+
+    Only a tile that has such a key looks for them. BRANCH: it alone selects, which is best where a branch can return
+    the tile as the tensor cores left it. Where that takes a way through shared memory, all tiles add a row of zeros.
+    """
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+    hides = has_gaps | (start + offs_n.shape[0] > stop)
+    if BRANCH:
+        if hides:
+            visible = look(start, offs_n, stop, source, KIND, V)
+            scores = tl.where(visible[None, :], scores, float("-inf"))
+    else:
+        hidden = tl.zeros(offs_n.shape, tl.float32)
+        if hides:
+            hidden = tl.where(look(start, offs_n, stop, source, KIND, V), 0.0, float("-inf"))
+        scores += hidden[None, :]
+    return scores
+
+
+@triton.jit
 def _walk(
     state, tile, row_block, near, far, source,
-    KIND: tl.constexpr, WINDOWED: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr,
+    KIND: tl.constexpr, WINDOWED: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """Take the keys of two KeyRanges into ``state``, BLOCK_N at a time.
 
@@ -48,35 +70,36 @@ def _walk(
     within the ranges.
     """
     rows_of = source.tokens if KIND == "token" else source.slots
-    offs_d = tl.arange(0, tile.q.shape[1])
+    offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, tile.q.shape[1])
     near_tiles, tiles = num_tiles(near, far, BLOCK_N)
     for i in tl.range(0, tiles):
         start, stop, is_near = tile_of(i, near_tiles, near, far, BLOCK_N)
-        offs_n = start + tl.arange(0, BLOCK_N)
-        rows, readable = find_keys(offs_n, stop, source, KIND, V)
-        k = load_rows(rows_of.k, rows, readable, offs_d, V.head_dim)
-        v = load_rows(rows_of.v, rows, readable, offs_d, V.head_dim)
-        visible = offs_n < stop
-        if tl.where(is_near, near.has_gaps, far.has_gaps):
-            visible = are_visible(offs_n, rows, readable, source, KIND, V)
-        visible = visible[None, :]
+        places = find_keys(start, offs_n, stop, source, KIND, V)
+        k = load_rows(rows_of.k, places.first, places.rows, places.readable, offs_d, V.head_dim)
+        v = load_rows(rows_of.v, places.first, places.rows, places.readable, offs_d, V.head_dim)
+        has_gaps = tl.where(is_near, near.has_gaps, far.has_gaps)
+        scores = _score(tile.q, k, start, offs_n, stop, has_gaps, source, KIND, V, BRANCH)
         if WINDOWED:
-            visible = visible & in_windows(row_block[:, None], offs_n[None, :], KIND, V)
-        state = STEP(state, tile, Keys(k, v), offs_n, visible, source, KIND, V)
+            visible = in_windows(row_block[:, None], start + offs_n[None, :], KIND, V)
+            scores = tl.where(visible, scores, float("-inf"))
+        state = STEP(state, tile, Keys(k, v), scores, start + offs_n, source, KIND, V)
     return state
 
 
 @triton.jit
-def walk_part(state, tile, start, stop, source, V: tl.constexpr, BLOCK_N: tl.constexpr, STEP: tl.constexpr):
+def walk_part(
+    state, tile, start, stop, source, V: tl.constexpr, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
     """Take positions [start, stop), all of which a tile of global queries sees, into ``state``."""
     near = trim(start, stop, source, "token", V)
-    return _walk(state, tile, None, near, KeyRange(0, 0, False), source, "token", False, V, BLOCK_N, STEP)
+    return _walk(state, tile, None, near, KeyRange(0, 0, False), source, "token", False, V, BLOCK_N, BRANCH, STEP)
 
 
 @triton.jit
 def walk_keys(
     state, tile, first_row, source,
-    V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, STEP: tl.constexpr,
+    V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BRANCH: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
     """Take all keys that BLOCK_M tokens from ``first_row`` on see into ``state``."""
     SPARSITY: tl.constexpr = V.sparsity
@@ -84,15 +107,18 @@ def walk_keys(
     row_block = (first_row + tl.arange(0, BLOCK_M)) // V.block
     first, last = first_row // V.block, (tl.minimum(first_row + BLOCK_M, source.num_tokens) - 1) // V.block
     none = KeyRange(0, 0, False)
-    # 1. The globals.
+    # 1. Which slots and tokens.
+    left, right = none, none
+    if SPARSITY != "none":
+        left, right = slots_seen(first, last, source, V)
+    local = tokens_seen(first, last, source, V)
+    # 2. The globals.
     if V.num_globals > 0:
         BLOCK_GLOBAL_KEYS: tl.constexpr = BLOCK_G if BLOCK_G < BLOCK_N else BLOCK_N
-        near = global_keys(V)
-        state = _walk(state, tile, None, near, none, source, "token", False, V, BLOCK_GLOBAL_KEYS, STEP)
-    # 2. The slots.
+        globals_ = global_keys(V)
+        state = _walk(state, tile, None, globals_, none, source, "token", False, V, BLOCK_GLOBAL_KEYS, BRANCH, STEP)
+    # 3. The slots.
     if SPARSITY != "none":
-        near, far = slots_seen(first, last, source, V)
-        state = _walk(state, tile, row_block, near, far, source, SPARSITY, WINDOWED, V, BLOCK_N, STEP)
-    # 3. The local windows.
-    near = tokens_seen(first, last, source, V)
-    return _walk(state, tile, row_block, near, none, source, "token", WINDOWED, V, BLOCK_N, STEP)
+        state = _walk(state, tile, row_block, left, right, source, SPARSITY, WINDOWED, V, BLOCK_N, BRANCH, STEP)
+    # 4. The local windows.
+    return _walk(state, tile, row_block, local, none, source, "token", WINDOWED, V, BLOCK_N, BRANCH, STEP)

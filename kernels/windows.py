@@ -11,7 +11,7 @@ import triton.language as tl
 from .primitives import is_kept
 
 # Keys whose visibility is looked up at once where the ends of a range are searched for tokens.
-_SCAN = tl.constexpr(256)
+_SCAN = tl.constexpr(512)
 
 
 class Range(NamedTuple):
@@ -29,52 +29,93 @@ class KeyRange(NamedTuple):
     has_gaps: Any
 
 
+class Places(NamedTuple):
+    """Where keys lie: ``rows`` after the row ``first``; and which of them can be read."""
+
+    first: Any
+    rows: Any
+    readable: Any
+
+
 @triton.jit
-def find_keys(offs_n, stop, source, KIND: tl.constexpr, V: tl.constexpr):
-    """The rows where keys ``offs_n`` lie, and which of them can be read."""
-    inside = offs_n < stop
+def find_keys(start, offs_n, stop, source, KIND: tl.constexpr, V: tl.constexpr):
+    """The Places of keys ``offs_n`` after ``start``, of which those from ``stop`` on cannot be read."""
+    inside = offs_n < stop - start
     if KIND == "token" or KIND == "compressed":
-        return offs_n, inside
+        return Places(start, offs_n, inside)
     elif KIND == "indexed":
-        tokens = tl.load(source.index_ptr + offs_n, mask=inside, other=-1)
-        return V.num_globals + tokens, (tokens >= 0) & (tokens < source.num_tokens)
-    else:
-        if KIND == "stride":
-            tokens = offs_n * V.factor + source.head % V.factor
-        else:  # block_stride
-            tokens = offs_n // V.step * V.block + (source.head * V.step + offs_n % V.step) % V.block
-        return V.num_globals + tokens, inside & (tokens < source.num_tokens)
+        tokens = tl.load(source.index_ptr + start + offs_n, mask=inside, other=-1)
+        return Places(V.num_globals, tokens, tokens >= 0)
+    elif KIND == "stride":
+        first, tokens = start * V.factor + source.head % V.factor, offs_n * V.factor
+        return Places(V.num_globals + first, tokens, inside & (tokens < source.num_tokens - first))
+    else:  # block_stride
+        slots = start + offs_n
+        tokens = slots // V.step * V.block + (source.head * V.step + slots % V.step) % V.block
+        return Places(V.num_globals, tokens, inside & (tokens < source.num_tokens))
 
 
 @triton.jit
-def are_visible(offs_n, rows, readable, source, KIND: tl.constexpr, V: tl.constexpr):
+def are_visible(places, start, offs_n, source, KIND: tl.constexpr, V: tl.constexpr):
     """Which keys that can be read are tokens, or slots that are kept."""
     if KIND == "compressed":
-        return tl.load(source.index_ptr + offs_n, mask=readable, other=-1) >= 0
+        return tl.load(source.index_ptr + start + offs_n, mask=places.readable, other=-1) >= 0
     elif KIND == "indexed":
-        return readable
+        return places.readable
     else:
-        return is_kept(source.mask, rows, readable, V)
+        return is_kept(source.mask, places.first, places.rows, places.readable, V)
+
+
+@triton.jit
+def look(start, offs_n, stop, source, KIND: tl.constexpr, V: tl.constexpr):
+    """Which of keys ``offs_n`` after ``start`` and before ``stop`` are visible."""
+    return are_visible(find_keys(start, offs_n, stop, source, KIND, V), start, offs_n, source, KIND, V)
+
+
+@triton.jit
+def _join(first, last, count, other_first, other_last, other_count):
+    return tl.minimum(first, other_first), tl.maximum(last, other_last), count + other_count
+
+
+@triton.jit
+def _uniform(x):
+    """An int32 that is the same in all threads, known as such to the compiler.
+
+    A warp's maximum is: ptxas keeps it in a uniform register, and so the counter of a loop that it bounds.
+    """
+    return tl.max(tl.zeros((32,), tl.int32) + x, 0)
+
+
+@triton.jit
+def any_of(visible):
+    """Whether some of the keys are visible."""
+    return _uniform(tl.max(visible.to(tl.int32), 0)) > 0
 
 
 @triton.jit
 def trim(start, stop, source, KIND: tl.constexpr, V: tl.constexpr):
     """Keys [start, stop) from the first visible one to the last, and whether some between them are not visible.
 
-    So tiles of padding at either end are never read, and nearly always the others need no look at the mask.
+    So tiles of padding at either end are never read, and nearly always the others need no look at the mask. Without a
+    mask only the slots of the last tokens, too few for a block or a chunk, can be missing, and those of lsh.
     """
-    if V.has_mask or KIND != "token":
-        first, last, count = stop, 0, 0
+    if V.has_mask or KIND == "compressed":
+        offs_n = tl.arange(0, _SCAN)
+        first, last, count = stop + 0 * offs_n, 0 * offs_n, 0 * offs_n  # (_SCAN,)
         for at in tl.range(start, stop, _SCAN):
-            offs_n = at + tl.arange(0, _SCAN)
-            rows, readable = find_keys(offs_n, stop, source, KIND, V)
-            visible = are_visible(offs_n, rows, readable, source, KIND, V)
-            first = tl.minimum(first, tl.min(tl.where(visible, offs_n, stop), 0))
-            last = tl.maximum(last, tl.max(tl.where(visible, offs_n + 1, 0), 0))
-            count += tl.sum(visible.to(tl.int32), 0)
-        return KeyRange(first, last, count < last - first)
-    else:
+            visible = look(at, offs_n, stop, source, KIND, V)
+            first = tl.minimum(first, tl.where(visible, at + offs_n, stop))
+            last = tl.maximum(last, tl.where(visible, at + offs_n + 1, 0))
+            count += visible.to(tl.int32)
+        first, last, count = tl.reduce((first, last, count), 0, _join)
+        first, last = _uniform(first), _uniform(last)
+        return KeyRange(first, last, _uniform(count) < last - first)
+    elif KIND == "indexed":
+        return KeyRange(start, stop, stop > source.num_tokens // V.chunk * (V.chunk // V.factor))
+    elif KIND == "token":
         return KeyRange(start, stop, False)
+    else:  # stride, block_stride
+        return KeyRange(start, stop, stop > source.num_tokens // V.block * V.step)
 
 
 @triton.jit

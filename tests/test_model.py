@@ -37,9 +37,10 @@ def test_floors_of_a_backward():
     got = model(LSGPattern(128), (2, 3, 1 + 100, 64), torch.bfloat16, "sm_80", is_backward=True)
     assert got.flops == 10 * 64 * 6 * 101 * 101
     assert got.bytes_moved == 6 * 101 * (8 * 2 * 64 + 4)
-    assert got.bytes_scratch == 6 * 4 * (101 + 3 * 64)  # delta, and a part of each gradient of the global
+    # two sums of each query, in multiples of 128 rows and 128 more; a part of each gradient of the global
+    assert got.bytes_scratch == 6 * 4 * (2 * (128 + 128 + 128) + 3 * 64)
     assert got.bytes_saved == 6 * 4 * 101  # lse
-    assert got.launches == ("_lsg_bwd_delta_kernel", "_lsg_bwd_dq_dkv_kernel", "_lsg_bwd_combine_kernel")
+    assert got.launches == ("_lsg_bwd_sums_kernel", "_lsg_bwd_dq_dkv_kernel", "_lsg_bwd_combine_kernel")
 
 
 @pytest.mark.parametrize("is_backward", [False, True])

@@ -10,13 +10,16 @@ from triton import cdiv
 
 from ..call import Call
 from ..kernels.backward import _lsg_bwd_dq_dkv_kernel, _lsg_bwd_slots_kernel
-from ..kernels.reduce import _lsg_bwd_combine_kernel, _lsg_bwd_delta_kernel, _lsg_bwd_weights_kernel
+from ..kernels.heads import SUMS_PADDED
+from ..kernels.reduce import _lsg_bwd_combine_kernel, _lsg_bwd_sums_kernel, _lsg_bwd_weights_kernel
 from .compress import plan_compression
 from .launch import COMBINED, Launch, attention_arguments, block_d, key_arguments, run_on, split_globals
 from .results import Results, Saved, restore
-from .schedules import COMBINE, DELTA, WEIGHTS, Schedule, backward_schedule, target_of
+from .schedules import COMBINE, SUMS, WEIGHTS, Schedule, backward_schedule, target_of
 from .variant import variant_of
 
+# ``sums`` has its rows in multiples of so many, see kernels/heads.py.
+_PADDED = SUMS_PADDED.value
 # Rows whose products with dout are summed, and tokens whose weights are differentiated at a time.
 _SUMMED, _WEIGHED = 64, 32
 
@@ -52,16 +55,17 @@ def plan_backward(
     ``results``: only what is ``Saved`` of them need be there; the rows of slots are made again, where ``lsh`` need not
     hash again. ``schedule``: for a tool that tries others than the table's.
     """
-    query, variant = call.query, variant_of(call)
-    batch, heads, length, head_dim = query.shape
+    query, variant = call.query, variant_of(call, dout)
+    batch, heads, _, head_dim = query.shape
     if schedule is None:
         schedule = backward_schedule(target, query.dtype, head_dim, variant.has_dropout)
-    delta, dslot = _scratch(call, batch, heads, length), _scratch(call, 2, batch, heads, call.num_slots, head_dim)
+    padded = sum(cdiv(rows, _PADDED) for rows in (call.pattern.num_global_tokens, call.num_tokens)) + 1
+    sums = _scratch(call, batch, heads, padded * _PADDED, 2)
+    dslot = _scratch(call, 2, batch, heads, call.num_slots, head_dim)
     attention = {
         **attention_arguments(call, results, variant),
         "dout_ptr": dout,
-        "lse_ptr": results.lse,
-        "delta_ptr": delta,
+        "sums_ptr": sums,
         "dslot_k_ptr": dslot[0],
         "dslot_v_ptr": dslot[1],
         "dout_strides": dout.stride(),
@@ -72,7 +76,7 @@ def plan_backward(
     weights = _plan_weights(call, results, attention) if call.rule.has_weight_gradient else None
     launches = (
         *(plan_compression(call, results, target) if variant.sparsity == "compressed" else ()),
-        _plan_delta(call, results, dout, delta),
+        _plan_sums(call, results, dout, sums),
         Launch(
             _lsg_bwd_slots_kernel,
             batch * heads * cdiv(call.num_slots, schedule.block_m),
@@ -89,21 +93,23 @@ def _scratch(call: Call, *shape: int) -> Tensor:
     return call.query.new_empty(shape, dtype=torch.float32)
 
 
-def _plan_delta(call: Call, results: Results, dout: Tensor, delta: Tensor) -> Launch:
-    batch, heads, length, head_dim = call.query.shape
+def _plan_sums(call: Call, results: Results, dout: Tensor, sums: Tensor) -> Launch:
+    batch, heads, rows, _ = sums.shape
     arguments = {
         "out_ptr": results.out,
         "dout_ptr": dout,
-        "delta_ptr": delta,
+        "lse_ptr": results.lse,
+        "sums_ptr": sums,
         "out_strides": results.out.stride(),
         "dout_strides": dout.stride(),
         "num_heads": heads,
-        "length": length,
-        "HEAD_DIM": head_dim,
+        "num_tokens": call.num_tokens,
+        "NUM_GLOBALS": call.pattern.num_global_tokens,
+        "HEAD_DIM": call.query.shape[3],
         "BLOCK_M": _SUMMED,
         "BLOCK_D": block_d(call),
     }
-    return Launch(_lsg_bwd_delta_kernel, batch * heads * cdiv(length, _SUMMED), arguments, DELTA)
+    return Launch(_lsg_bwd_sums_kernel, batch * heads * (rows // _SUMMED), arguments, SUMS)
 
 
 def _plan_weights(call: Call, results: Results, attention: dict[str, Any]) -> Launch:
@@ -151,10 +157,12 @@ def _plan_gradients(
         **attention,
         **outputs,
         "weight_ptr": results.weight if variant.sparsity == "compressed" else None,
+        "batch": batch,
         "slot_ptr": results.slot if call.rule.saved == "slot" else None,
         "dscore_ptr": None if weights is None else weights.arguments["dscore_ptr"],
         "part_size": split.part_size,
         "BLOCK_G": split.block,
+        "BRANCH": schedule.branch,
     }
     combine = {
         **outputs,

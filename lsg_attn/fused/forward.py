@@ -58,8 +58,13 @@ def _plan_attention(call: Call, results: Results, schedule: Schedule) -> list[La
         "num_parts": split.num_parts,
         "BLOCK_D": shared["BLOCK_D"],
     }
-    tiles = {"BLOCK_M": schedule.block_m, "BLOCK_N": schedule.block_n, "BLOCK_G": split.block}
-    attention = {**shared, **outputs, "part_size": split.part_size, **tiles}
+    tiles = {
+        "BLOCK_M": schedule.block_m,
+        "BLOCK_N": schedule.block_n,
+        "BLOCK_G": split.block,
+        "BRANCH": schedule.branch,
+    }
+    attention = {**shared, **outputs, "batch": batch, "part_size": split.part_size, **tiles}
     combine = {**outputs, "length": length, "NUM_GLOBALS": num_globals, "HEAD_DIM": head_dim, "BLOCK_N": COMBINED}
     programs = batch * heads * (split.programs + cdiv(call.num_tokens, schedule.block_m))
     return [

@@ -15,11 +15,15 @@ class Tuning(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Rows that a program has results of, rows of the other side that it takes at a time, and its tuning."""
+    """Rows that a program has results of, rows of the other side that it takes at a time, and its tuning.
+
+    ``branch``: whether keys are hidden by a branch (see ``kernels/walk.py``).
+    """
 
     block_m: int
     block_n: int
     tuning: Tuning
+    branch: bool = False
 
 
 # Every row below was compiled by bench.static (torch 2.13.0, triton 3.8.0) and chosen for its registers, spills,
@@ -27,18 +31,18 @@ class Schedule(NamedTuple):
 COMBINE = Tuning(num_warps=4, num_stages=1)
 NORM = Tuning(num_warps=4, num_stages=1)
 POOL = Tuning(num_warps=4, num_stages=1)
-DELTA = Tuning(num_warps=4, num_stages=1)
+SUMS = Tuning(num_warps=4, num_stages=1)
 WEIGHTS = Tuning(num_warps=4, num_stages=1)
 
 # The attention kernel and its backward, by (largest head_dim, with dropout): rows of 16-bit types for a kind of GPU,
 # then of float32, whose products are made without tensor cores.
 _HOPPER = {
-    (64, False): Schedule(128, 64, Tuning(4, 3)),
-    (64, True): Schedule(64, 64, Tuning(4, 2)),  # 128 rows spill 600 bytes: philox needs the registers
-    (128, False): Schedule(128, 64, Tuning(8, 3)),
-    (128, True): Schedule(128, 64, Tuning(8, 3)),
-    (256, False): Schedule(64, 32, Tuning(8, 2)),
-    (256, True): Schedule(64, 32, Tuning(8, 2)),
+    (64, False): Schedule(128, 64, Tuning(4, 3), branch=True),
+    (64, True): Schedule(64, 64, Tuning(4, 2), branch=True),  # 128 rows spill 600 bytes: philox needs the registers
+    (128, False): Schedule(128, 64, Tuning(8, 3), branch=True),
+    (128, True): Schedule(128, 64, Tuning(8, 3), branch=True),
+    (256, False): Schedule(64, 32, Tuning(8, 2), branch=True),
+    (256, True): Schedule(64, 32, Tuning(8, 2), branch=True),
 }
 _BLACKWELL = _HOPPER | {
     (64, False): Schedule(128, 64, Tuning(4, 2)),  # a third stage spills 156 bytes
@@ -79,12 +83,12 @@ _FLOAT32_AMD = _FLOAT32 | {
 
 # 128 rows with two gradients each take all registers of 8 warps, and 4 spill.
 _BACKWARD_HOPPER = {
-    (64, False): Schedule(64, 64, Tuning(4, 2)),  # a third stage spills 96 bytes
-    (64, True): Schedule(64, 64, Tuning(4, 2)),
-    (128, False): Schedule(64, 32, Tuning(8, 2)),  # 64 of the other side spill 136 bytes, 4 warps 880
-    (128, True): Schedule(32, 32, Tuning(4, 2)),  # 64 rows spill 228 bytes
-    (256, False): Schedule(32, 32, Tuning(8, 2)),  # 4 warps spill 400 bytes
-    (256, True): Schedule(32, 32, Tuning(8, 2)),
+    (64, False): Schedule(64, 64, Tuning(4, 2), branch=True),  # a third stage spills 96 bytes
+    (64, True): Schedule(64, 64, Tuning(4, 2), branch=True),
+    (128, False): Schedule(64, 32, Tuning(8, 2), branch=True),  # 64 of the other side spill 136 bytes, 4 warps 880
+    (128, True): Schedule(32, 32, Tuning(4, 2), branch=True),  # 64 rows spill 228 bytes
+    (256, False): Schedule(32, 32, Tuning(8, 2), branch=True),  # 4 warps spill 400 bytes
+    (256, True): Schedule(32, 32, Tuning(8, 2), branch=True),
 }
 _BACKWARD_BLACKWELL = _BACKWARD_HOPPER | {
     (128, True): Schedule(64, 32, Tuning(8, 2)),

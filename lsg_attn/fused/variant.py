@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 from ..call import Call
 
 
@@ -16,6 +18,7 @@ class Variant(NamedTuple):
         head_dim: elements of a row; tiles are padded to a power of two.
         has_mask, mask_first: whether there is a mask, and the position of its first column, 0 or G.
         has_dropout: whether probabilities are dropped.
+        is_wide: whether an offset within a head of a tensor may pass 2^31.
     """
 
     sparsity: str
@@ -29,6 +32,7 @@ class Variant(NamedTuple):
     has_mask: bool
     mask_first: int
     has_dropout: bool
+    is_wide: bool
 
 
 # Blocks of this many tokens and reaches of this many slots are longer than any sequence, and what is added to them, not
@@ -36,8 +40,8 @@ class Variant(NamedTuple):
 _FAR = 1 << 29
 
 
-def variant_of(call: Call) -> Variant:
-    """What the kernels of ``call`` are compiled for."""
+def variant_of(call: Call, *others: Tensor) -> Variant:
+    """What the kernels of ``call``, which may read ``others`` too, are compiled for."""
     pattern, mask = call.pattern, call.attention_mask
     sparse = call.num_slots > 0
     return Variant(
@@ -52,4 +56,12 @@ def variant_of(call: Call) -> Variant:
         has_mask=mask is not None,
         mask_first=call.query.shape[2] - mask.shape[1] if mask is not None else 0,
         has_dropout=call.dropout_p > 0,
+        is_wide=any(map(_spans_far, (call.query, call.key, call.value, *others)))
+        or (mask is not None and mask.shape[1] * mask.stride(1) >= 1 << 31),
     )
+
+
+def _spans_far(x: Tensor) -> bool:
+    """Whether offsets within a head of ``x`` (batch, heads, length, head_dim) may pass 2^31."""
+    rows, columns = x.shape[2:]
+    return (rows - 1) * x.stride(2) + (columns - 1) * x.stride(3) >= 1 << 31

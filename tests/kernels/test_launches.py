@@ -45,7 +45,7 @@ def launched(monkeypatch):
 def test_operator_launches_few_kernels_and_never_waits(sparsity_type, num_globals, dropout_p, launched):
     """A forward launches at most three: a compression, the attention, a combine of the global queries.
 
-    A backward launches at most six: the slots' rows again, delta, slots, weights, the gradients, a combine. PyTorch
+    A backward launches at most six: the slots' rows again, sums, slots, weights, the gradients, a combine. PyTorch
     itself runs nothing.
     """
     pattern = LSGPattern(16, 16, 4, sparsity_type, num_globals)
@@ -63,7 +63,7 @@ def test_operator_launches_few_kernels_and_never_waits(sparsity_type, num_global
         backward(results)
     again = {"pooling": "_lsg_pool_kernel", "bos_pooling": "_lsg_pool_kernel", "lsh": "_lsg_lsh_kernel"}
     expected = [again[sparsity_type]] if sparsity_type in again else []
-    expected += ["_lsg_bwd_delta_kernel"]
+    expected += ["_lsg_bwd_sums_kernel"]
     expected += ["_lsg_bwd_slots_kernel"] * (sparsity_type != "none")
     expected += ["_lsg_bwd_weights_kernel"] * (sparsity_type == "bos_pooling")
     expected += ["_lsg_bwd_dq_dkv_kernel"]

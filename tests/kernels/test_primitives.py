@@ -11,9 +11,9 @@ from lsg_attn.kernels.primitives import row_ptrs, rows_at
 @triton.jit
 def _offsets(x_ptr, out_ptr, strides, batch, head, first_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """One program: the element offsets that a tile of rows of one head would be read at."""
-    rows, offs_d = first_row + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    base = rows_at(x_ptr, strides, tl.zeros((), tl.int32) + batch, tl.zeros((), tl.int32) + head)
-    bytes_from_x = row_ptrs(base, rows, offs_d).to(tl.int64) - x_ptr.to(tl.int64)
+    rows, offs_d = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    base = rows_at(x_ptr, strides, tl.zeros((), tl.int32) + batch, tl.zeros((), tl.int32) + head, True)
+    bytes_from_x = row_ptrs(base, first_row, rows, offs_d).to(tl.int64) - x_ptr.to(tl.int64)
     tl.store(out_ptr + tl.arange(0, ROWS)[:, None] * COLUMNS + offs_d[None, :], bytes_from_x // 4)
 
 
