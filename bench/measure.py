@@ -159,11 +159,11 @@ def _failure(name: str, error: BaseException, result: Result) -> str:
     if name in OWN and not isinstance(error, torch.OutOfMemoryError):
         text = "".join(traceback.format_exception(error))
         result.failures.append({"what": f"{name}: {reason}", "traceback": text})
-    result.is_gpu_lost = _is_gpu_lost()
+    result.is_gpu_lost = is_gpu_lost()
     return reason
 
 
-def _is_gpu_lost() -> bool:
+def is_gpu_lost() -> bool:
     """Whether CUDA is unusable: after an access out of bounds, for example, every later call fails with that error."""
     if not torch.cuda.is_initialized():
         return False

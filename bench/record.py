@@ -16,7 +16,13 @@ import torch
 from bench.cases import TimedCase
 from lsg_attn import __version__
 
+FOLDER = Path("build/bench")
 _PACKAGES = ("torch", "triton", "transformers", "lsg-converter", "numpy")
+
+
+def new_path(kind: str) -> Path:
+    """Where a run is written unless told otherwise."""
+    return FOLDER / f"{kind}-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
 
 
 class Writer:
@@ -66,14 +72,17 @@ def read(path: Path) -> Run:
     Raises:
         ValueError: it is not the file of one run.
     """
-    runs, figures, skipped = (list(_of_kind(path, kind)) for kind in ("run", "figures", "skipped"))
+    runs, figures, skipped = (list(records(path, kind)) for kind in ("run", "figures", "skipped"))
     if len(runs) != 1:
         raise ValueError(f"{path}: expected the file of one run, got {len(runs)} records of kind 'run'")
     return Run(runs[0], figures, skipped)
 
 
-def _of_kind(path: Path, kind: str) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
+def records(path: Path, kind: str) -> Iterator[dict[str, Any]]:
+    """The records of one kind. A last line without an end is left out: the run was stopped while it wrote it."""
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            return
         record = json.loads(line)
         if record.pop("kind") == kind:
             if "case" in record:

@@ -11,7 +11,6 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -22,10 +21,8 @@ from bench import fresh, peers
 from bench.cases import Section, TimedCase, plan, shrink
 from bench.measure import BOUND, Result, Verdicts, all_skipped, measure, reason_of
 from bench.peak import peak_bytes
-from bench.record import Writer
+from bench.record import FOLDER, Writer, new_path
 from bench.table import print_section, print_skipped
-
-_FOLDER = Path("build/bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,8 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if options.dry_run:
         sections = shrink(sections)
+    kind = f"{options.device}{'-quick' * options.quick}{'-dry-run' * options.dry_run}"
     try:
-        writer = Writer(options.out or _new_path(options), {**vars(options), "out": None}, device)
+        writer = Writer(options.out or new_path(kind), {**vars(options), "out": None}, device)
     except FileExistsError as error:
         console.print(f"bench.run: --out: {error.filename} exists already, and runs are not mixed")
         return 2
@@ -79,14 +77,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--only", default="", metavar="TEXT", help="only sections with this in their title, such as encoder"
     )
     parser.add_argument("--minutes", type=float, help="start no case after so many minutes; by default measure all")
-    parser.add_argument("--out", type=Path, help=f"the file to write; by default a new one in {_FOLDER}")
+    parser.add_argument("--out", type=Path, help=f"the file to write; by default a new one in {FOLDER}")
     parser.add_argument("--dry-run", action="store_true", help="only try each case, with tiny shapes on the CPU")
     return parser.parse_args(arguments)
-
-
-def _new_path(options: argparse.Namespace) -> Path:
-    kind = f"{options.device}{'-quick' * options.quick}{'-dry-run' * options.dry_run}"
-    return _FOLDER / f"{kind}-{datetime.now():%Y%m%d-%H%M%S}.jsonl"
 
 
 def _measure_all(

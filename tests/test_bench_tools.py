@@ -332,7 +332,7 @@ def test_tune_tries_neighbours_and_its_row_is_valid_python():
     assert eval("{" + text.split("#")[0] + "}") == {(128, True): Schedule(64, 32, Tuning(8, 2))}
 
 
-@pytest.mark.parametrize("arguments", [[], ["--backward"], ["--type", "lsh", "--dropout"]])
+@pytest.mark.parametrize("arguments", [[], ["--passes", "forward", "backward"], ["--type", "lsh", "--dropout"]])
 def test_tune_dry_run_lists_schedules(arguments, capsys):
     assert tune.main(["--dry-run", "sm_90", "--tokens", "1024", *arguments]) == 0
     out = capsys.readouterr().out
