@@ -147,6 +147,20 @@ def _peers(run: Run, middle: int) -> list[str]:
     return [head, "", *_markdown(columns, rows)]
 
 
+def every_case(run: Run) -> list[str]:
+    """A row for each case of the sections that compare peers, then what was not measured."""
+    found = [x for x in run.figures if x["compares"] == "peers"]
+    names = [name for name in _WHO if any(x["peer"] == name for x in found)]
+    rows = {}
+    for title in dict.fromkeys(x["section"] for x in found):
+        for figures in _by_case(run, title):
+            case: TimedCase = next(iter(figures.values()))["case"]
+            rows[f"{title}, {case.tokens:,} tokens"] = [_cell(figures.get(name), _ours(figures)) for name in names]
+    head = "Time relative to ours, 20th and 80th percentiles in brackets; above 1, ours is faster."
+    table = [head, "", *_markdown((_WHO[name] for name in names), rows)] if rows else ["No case was measured.", ""]
+    return [*table, *_skipped(run)]
+
+
 def _at_length(run: Run, tokens: int) -> dict[str, dict[str, Figure]]:
     """The figures of each section that compares peers, by peer, at one length."""
     columns: dict[str, dict[str, Figure]] = {}
