@@ -157,12 +157,12 @@ def _tune(console: Console, writer: Writer, problem: Problem, seconds: float, un
 def _measure(trial: Trial, seconds: float, until: float, pool: Pool | None) -> Iterator[Measured]:
     """Time the schedules one after the other until then.
 
-    With processes to compile in, half of the time is for compiling: what they have not compiled by then is left out.
+    With processes to compile in, they have two thirds of the time, and what they have not compiled by then is left out.
     Nothing is compiled while a schedule is timed, unless by a process that began before.
     """
     schedules = trial.problem.schedules(trial.target)
     begun = [None if pool is None else pool.apply_async(compile_only, (trial.problem, x)) for x in schedules]
-    wait_until = (time.monotonic() + until) / 2
+    wait_until = (time.monotonic() + 2 * until) / 3
     for job in begun:
         if job is not None:
             job.wait(max(0.0, wait_until - time.monotonic()))

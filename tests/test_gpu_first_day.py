@@ -41,6 +41,8 @@ def test_rehearsal_runs_every_section(rehearsal):
         assert re.search(rf"\| {name} \| done, \d+ s \|", text)
     assert re.search(r"^\*\*Green\*\*: of (\d+) kernel tests \1 passed, 0 failed, 0 skipped\.$", text, re.MULTILINE)
     assert "Not whole: memory (not run: compute-sanitizer needs a GPU)." in text
+    assert "(no GPU: a rehearsal, and its times say nothing)" in text
+    assert "| attention, forward, 1,024 tokens | " in text
     assert text.count("- right: ") == len(small.PATTERNS)
     assert "ours, Triton: the tensors are on device cpu" in text
     assert "forward of (1, 1, 141, 64) bfloat16 norm on sm_90: " in text
@@ -114,7 +116,13 @@ def test_missing_pytest_and_sanitizer_are_said(monkeypatch, tmp_path):
 
 def told(out, planned=()):
     """The summary of a folder, and whether it is red."""
-    facts = {"device": "H100", "versions": {"torch": "2.11", "triton": "3.6"}, "lsg_attn": "1", "commit": "abc"}
+    facts = {
+        "device": "H100",
+        "versions": {"torch": "2.11", "triton": "3.6"},
+        "lsg_attn": "1",
+        "commit": "abc",
+        "target": "sm_90",
+    }
     (out / "environment.json").write_text(json.dumps(facts))
     is_red = summary.write(out, planned)
     return (out / "summary.md").read_text(), is_red
@@ -175,6 +183,13 @@ def test_sections_without_time_are_not_begun(tmp_path):
     sections.run([late], tmp_path, time.monotonic() + 5, lambda: None)
     assert late.state == "not run: the time was over"
     assert not (tmp_path / "late.txt").exists()
+
+
+def test_summary_that_fails_costs_no_section(tmp_path, capsys):
+    both = [Section(name, "a.txt", 1, lambda limit: ["true"]) for name in "ab"]
+    sections.run(both, tmp_path, time.monotonic() + 60, lambda: 1 / 0)
+    assert [section.ended for section in both] == [0, 0]
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_signal_leaves_a_summary(monkeypatch, tmp_path):

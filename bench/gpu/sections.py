@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -59,14 +60,21 @@ def run(sections: Sequence[Section], out: Path, end: float, tell: Callable[[], o
             section.state = "not run: the time was over"
             continue
         section.state = f"running since {datetime.now():%H:%M:%S}, for at most {limit:.0f} s"
-        tell()
+        _tell(tell)
         try:
             _run_one(section, out, limit)
         except KeyboardInterrupt:
             section.state = "stopped"
             raise
         finally:
-            tell()
+            _tell(tell)
+
+
+def _tell(tell: Callable[[], object]) -> None:
+    try:
+        tell()
+    except Exception:  # a summary that cannot be written must not cost the sections that follow
+        traceback.print_exc()
 
 
 def _run_one(section: Section, out: Path, limit: float) -> None:

@@ -61,11 +61,7 @@ def write(out: Path, sections: Sequence[Section]) -> bool:
     lines += [f"| {section.name} | {section.state} | `{section.file}` |" for section in sections]
     lines += ["", "## Races and accesses", "", *_checked(checked), ""]
     if red_tests:
-        lines += [
-            "## Times and schedules",
-            "",
-            f"Withheld: the kernel tests are red. `{BENCH}` and `{TUNE}` have all.",
-        ]
+        lines += ["## Times and schedules", "", f"Withheld, as kernel tests are red: see `{BENCH}` and `{TUNE}`."]
     else:
         lines += ["## Times", "", *_times(out / BENCH), ""]
         lines += ["## Changes in `lsg_attn/fused/schedules.py`", "", *changes(out / TUNE)]
@@ -86,7 +82,8 @@ def _failures(path: Path) -> list[str]:
 def _device(out: Path) -> str:
     facts = json.loads((out / ENVIRONMENT).read_text(encoding="utf-8"))
     versions = ", ".join(f"{name} {facts['versions'][name]}" for name in ("torch", "triton"))
-    return f"{facts['device']}, {versions}, lsg_attn {facts['lsg_attn']} at {facts['commit']}"
+    note = "" if "target" in facts else " (no GPU: a rehearsal, and its times say nothing)"
+    return f"{facts['device']}, {versions}, lsg_attn {facts['lsg_attn']} at {facts['commit']}{note}"
 
 
 def read_tests(text: str) -> Tests:
@@ -140,9 +137,7 @@ def _checked(text: str) -> list[str]:
         lines.append("- no verdict on races: compute-sanitizer was not found, could not run or was cut")
     elif any(int(x[1]) + int(x[2]) for x in _HAZARDS.finditer(text)):
         # triton-lang/triton issue 7264, NVIDIA/compute-sanitizer-samples issue 19
-        lines.append(
-            "- It has reported writes of equal values by Triton's reductions, and read wgmma's operands wrong."
-        )
+        lines.append("- known false alarms: writes of equal values in Triton's reductions, and wgmma's operands")
     return lines
 
 
