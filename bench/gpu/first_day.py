@@ -28,9 +28,9 @@ _NEEDED = ("torch", "triton", "numpy", "einops", "rich")
 _PEERS = ("lsg triton", "dense", "flex", "original")
 _BENCH_LOG, _TUNE_LOG = "bench.txt", "tune.txt"
 _FILES = (ENVIRONMENT, SUMMARY, TESTS, SANITIZER, BENCH, _BENCH_LOG, TUNE, _TUNE_LOG)
-# Plugins that happen to be installed warn, and pyproject.toml makes a warning an error.
-_NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-_LINE_BY_LINE = ["-vv", "--color=no", "--tb=short", "-p", "no:cacheprovider"]  # pytest prints each test as it ends
+_NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # those that happen to be installed there
+# A line for each test as it ends; and what other versions warn of is no error, as it is in pyproject.toml.
+_PYTEST = ["-vv", "--color=no", "--tb=short", "-p", "no:cacheprovider", "-W", "default"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,9 +65,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _missing(options: argparse.Namespace) -> str:
     """Why nothing can run, or nothing."""
-    names = [name for name in _NEEDED if find_spec(name) is None]
-    if names:
-        return f"not installed: {', '.join(names)}; python -m pip install {' '.join(names)}"
+    if reason := _not_installed(*_NEEDED):
+        return reason
     if options.rehearse and find_spec("ttsem") is None:
         return "not installed: ttsem; python -m pip install --no-deps --ignore-requires-python ttsem==0.1.0"
     present = [name for name in _FILES if (options.out / name).exists()]
@@ -80,6 +79,12 @@ def _missing(options: argparse.Namespace) -> str:
     return ""
 
 
+def _not_installed(*names: str) -> str:
+    """What to install of these, or nothing."""
+    missing = [name for name in names if find_spec(name) is None]
+    return f"not installed: {', '.join(missing)}; python -m pip install {' '.join(missing)}" if missing else ""
+
+
 def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -88,7 +93,7 @@ def _sections(out: Path) -> list[Section]:
     """A GPU's sections, the most valuable first."""
     jobs = max(1, min(12, len(os.sched_getaffinity(0)) - 2))
     files = sorted((ROOT / "tests/kernels").glob("test_*.py"), key=lambda path: ("bench" in path.name, path.name))
-    tests = [sys.executable, "-m", "pytest", *_LINE_BY_LINE, *(str(path.relative_to(ROOT)) for path in files)]
+    tests = [sys.executable, "-m", "pytest", *_PYTEST, *(str(path.relative_to(ROOT)) for path in files)]
     alone = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # in each of many processes
     parallel = find_spec("xdist") is not None and jobs > 1
     if parallel:  # compiling takes most of the time
@@ -101,11 +106,10 @@ def _sections(out: Path) -> list[Section]:
     bench = [sys.executable, "-m", "bench.run", "--device", "cuda", "--peers", *_PEERS]
     tune = [sys.executable, "-m", "bench.tune", "--head-dim", "64", "128", "--passes", "forward", "backward"]
     tune += ["--jobs", str(jobs)]
-    no_tests = [name for name in ("pytest", "hypothesis") if find_spec(name) is None]
     return [
         Section(
             "kernel tests", TESTS, 36, lambda _: tests, _NO_PLUGINS | (alone if parallel else {}),
-            f"python -m pip install {' '.join(no_tests)}" if no_tests else "",
+            _not_installed("pytest", "hypothesis"),
         ),
         Section(
             "races" if checker else f"small cases: {not_found}", SANITIZER, 10,
@@ -124,7 +128,7 @@ def _rehearsal(out: Path) -> list[Section]:
     """The same sections on a CPU: kernels are executed by ttsem, and the bench's cases are tiny."""
     python = sys.executable
     files = ("tests/kernels/test_primitives.py", "tests/kernels/test_compress.py")
-    tests = [python, "-m", "ttsem.sanitize", "pytest", *_LINE_BY_LINE, *files, "-k", "offsets or nan or B18"]
+    tests = [python, "-m", "ttsem.sanitize", "pytest", *_PYTEST, *files, "-k", "offsets or nan or B18"]
     small = [python, "-m", "bench.gpu.rehearsal", "bench.gpu.small"]
     bench = [python, "-m", "bench.run", "--device", "cuda", "--dry-run", "--only", "attention, forward"]
     bench += ["--peers", "lsg triton", "lsg torch", "dense"]
