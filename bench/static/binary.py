@@ -11,8 +11,9 @@ _KIB = 1024
 class Gpu:
     """What one multiprocessor has for the blocks that run on it; memory in bytes, registers of 4 bytes.
 
-    NVIDIA: CUDA C++ Programming Guide, technical specifications per compute capability; each block takes 1 KiB of
-    shared memory more than it asks for. AMD: CDNA 3 ISA guide; a multiprocessor is a compute unit of four SIMDs.
+    A warp gets registers in units of so many for each lane. NVIDIA: CUDA C++ Programming Guide, technical
+    specifications per compute capability; each block takes 1 KiB of shared memory more than it asks for. AMD: CDNA 3
+    and RDNA 3 ISA guides; a multiprocessor is a compute unit of CDNA or a workgroup processor of RDNA, of four SIMDs.
     """
 
     warps: int
@@ -22,6 +23,7 @@ class Gpu:
     shared_of_block: int
     warp_size: int = 32
     shared_reserved: int = _KIB
+    register_unit: int = 8
 
 
 GPUS = {
@@ -31,6 +33,10 @@ GPUS = {
     "sm_100": Gpu(64, 32, 65536, 228 * _KIB, 227 * _KIB),
     "sm_120": Gpu(48, 24, 65536, 100 * _KIB, 99 * _KIB),
     "gfx942": Gpu(32, 32, 4 * 512 * 64, 64 * _KIB, 64 * _KIB, warp_size=64, shared_reserved=0),
+    **{
+        name: Gpu(64, 32, 4 * 1536 * 32, 128 * _KIB, 64 * _KIB, shared_reserved=0, register_unit=24)
+        for name in ("gfx1100", "gfx1201")
+    },
 }
 
 
@@ -39,8 +45,8 @@ def num_blocks(target: str, registers: int, shared: int, num_warps: int) -> int:
     gpu = GPUS[target]
     if shared > gpu.shared_of_block:
         return 0
-    # Registers are allocated per warp, in units of 8 for each lane.
-    per_warp = -(-max(registers, 1) // 8) * 8 * gpu.warp_size
+    unit = gpu.register_unit
+    per_warp = -(-max(registers, 1) // unit) * unit * gpu.warp_size
     warps = gpu.registers // per_warp
     if not target.startswith("sm_"):  # a wave has its registers from one SIMD of four
         warps = 4 * min(gpu.warps // 4, gpu.registers // 4 // per_warp)
