@@ -221,14 +221,32 @@ def test_masks_of_any_length_type_and_strides(sparsity_type):
 
 
 @pytest.mark.parametrize("sparsity_type", ["pooling", "bos_pooling"])
-def test_strides_change_no_bit(sparsity_type):
-    """Out is stored as a projection wants it. Gradients have the strides of the inputs if those are dense."""
+def test_strides_of_one_kernel_change_no_bit(sparsity_type):
+    """Triton compiles one kernel for all strides that are multiples of 16, if the last is 1."""
     pattern = LSGPattern(16, 16, 4, sparsity_type, 3)
-    # on the device before they get their strides, as a copy to it would not keep them
-    inputs = Inputs(*(x.to(DEVICE) for x in make_inputs(2, 2, 3 + 90, 16, padding="right")))
-    expected = attend(inputs, pattern)
-    assert expected.out.transpose(1, 2).is_contiguous()
-    query, key, value, dout, mask = inputs
+    inputs = on_the_device(make_inputs(2, 2, 3 + 90, 16, padding="right"))
+    query, key, value, dout, _ = inputs
+    strided = inputs._replace(
+        query=query.transpose(1, 2).contiguous().transpose(1, 2),
+        key=torch.cat([key, key], -1)[..., :16],
+        value=value.permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3),
+        dout=dout.transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    assert_same_bits(attend(strided, pattern), attend(inputs, pattern))
+    head = query[:, :1]
+    expanded, repeated = (inputs._replace(query=x) for x in (head.expand_as(query), head.repeat(1, 2, 1, 1)))
+    assert_same_bits(attend(expanded, pattern), attend(repeated, pattern))
+
+
+@pytest.mark.parametrize("sparsity_type", ["pooling", "bos_pooling"])
+def test_strides_of_other_kernels(sparsity_type):
+    """Out is stored as a projection wants it. Gradients have the strides of the inputs if those are dense.
+
+    Bits may differ from those for contiguous inputs, as another kernel may sum in another order.
+    """
+    pattern = LSGPattern(16, 16, 4, sparsity_type, 3)
+    inputs = make_inputs(2, 2, 3 + 90, 16, padding="right")
+    query, key, value, dout, mask = on_the_device(inputs)
     strided = Inputs(
         query.transpose(1, 2).contiguous().transpose(1, 2),
         torch.stack([key, key], -1)[..., 0],
@@ -237,15 +255,18 @@ def test_strides_change_no_bit(sparsity_type):
         mask,
     )
     got = attend(strided, pattern)
-    assert_same_bits(got, expected)
+    assert_equals_reference(got, inputs, pattern)
+    assert got.out.transpose(1, 2).is_contiguous()
     for name, x in zip(GRADIENTS, strided, strict=False):
         assert getattr(got, name).stride() == torch.empty_like(x).stride()
-    head = query[:, :1]
-    one, ones = torch.ones((), device=DEVICE), torch.ones_like(dout)
-    expanded = inputs._replace(query=head.expand_as(query), dout=one.expand_as(dout))
-    assert_same_bits(
-        attend(expanded, pattern), attend(inputs._replace(query=head.repeat(1, 2, 1, 1), dout=ones), pattern)
-    )
+    expanded = strided._replace(dout=torch.ones((), device=DEVICE).expand_as(dout))
+    ones = inputs._replace(dout=torch.ones_like(inputs.dout))
+    assert_equals_reference(attend(expanded, pattern), ones, pattern)
+
+
+def on_the_device(inputs):
+    """The inputs on the GPU, where they get their strides: a copy to it would not keep them."""
+    return Inputs(*(x.to(DEVICE) for x in inputs))
 
 
 @pytest.mark.parametrize("sparsity_type", ["norm", "pooling", "bos_pooling", "lsh"])
@@ -363,28 +384,41 @@ def test_second_derivative_is_an_error():
 
 @pytest.mark.parametrize("sparsity_type", ["norm", "bos_pooling"])
 def test_losses_of_training_equal_the_references(sparsity_type):
-    """20 steps of a tiny layer."""
+    """20 steps of a tiny layer. What "norm" chooses changes on the way, about fifty times."""
     pattern = LSGPattern(16, 16, 4, sparsity_type, 2)
-    losses = {implementation: train(pattern, implementation) for implementation in ("triton", "reference")}
-    assert losses["triton"] == pytest.approx(losses["reference"], rel=1e-4)
-    assert losses["triton"][-1] < 0.8 * losses["triton"][0]
+    (losses, _), (expected, gap) = (train(pattern, implementation) for implementation in ("triton", "reference"))
+    if sparsity_type == "norm":
+        assert gap > 1e-4  # a hundred times what rounding changes a weight by; else try another seed
+    assert losses == pytest.approx(expected, rel=1e-4)
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def train(pattern, implementation):
-    """The losses of a layer that learns to copy its input, shifted by 40 tokens."""
-    # A seed without near-ties of norms: weights changed by 1e-7 change no loss by more than 1e-6. With seed 0 they
-    # change what norm chooses, and losses by 4e-3.
-    torch.manual_seed(1)
+    """The losses of a layer that learns to copy its input, shifted by 40 tokens, and the smallest :func:`gap_of`."""
+    torch.manual_seed(13)
     layer = LSGAttention(32, 2, pattern, implementation=implementation).to(DEVICE)
     hidden = torch.randn(2, 2 + 75, 32).to(DEVICE)
     mask = torch.ones(2, 2 + 75, dtype=torch.bool, device=DEVICE)
     mask[1, 60:] = False
-    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
-    losses = []
+    # The gradient of the keys' bias is a rounding error, of 1e-9. With AdamW's own eps of 1e-8 it moves that bias by
+    # 1e-3, and with it the norms.
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2, eps=1e-5)
+    losses, gaps = [], []
     for _ in range(20):
+        gaps.append(gap_of(layer.project(hidden)[1], pattern, mask))
         optimizer.zero_grad()
         loss = (layer(hidden, mask) - hidden.roll(40, 1)).square()[mask].mean()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return losses
+    return losses, min(gaps)
+
+
+def gap_of(key, pattern, mask):
+    """How much larger, as a ratio, the last norm that "norm" keeps in a chunk is than the next: the least of all."""
+    kept, chunk = pattern.chunk // pattern.sparsity_factor, pattern.chunk
+    norms = (key.detach().norm(dim=-1) * mask[:, None])[:, :, pattern.num_global_tokens :]
+    chunks = torch.nn.functional.pad(norms, (0, -norms.shape[-1] % chunk)).unflatten(-1, (-1, chunk))
+    ranked = chunks.sort(-1, descending=True).values
+    ratio = ranked[..., kept - 1] / ranked[..., kept]  # of padding and nothing, NaN
+    return ratio.nan_to_num(torch.inf).min().item() - 1
