@@ -1,11 +1,22 @@
 """The kernel tests run on a GPU with `pytest`, and without one with `python -m ttsem.sanitize pytest`."""
 
+from functools import partial
+
 import pytest
 import torch
 from triton import knobs
 
 ON_A_GPU = torch.cuda.is_available()
 IS_REAL = bool(torch.version.cuda or torch.version.hip)  # otherwise ttsem stands in for a GPU
+
+
+def pytest_addoption(parser):
+    parser.addoption("--last-stage", action="store_true", help="execute TTGIR; see tests/kernels/last_stage.py")
+
+
+def pytest_configure(config):
+    if config.getoption("--last-stage", False) and (IS_REAL or not ON_A_GPU):
+        raise pytest.UsageError("--last-stage needs a build of torch for CPUs, and tests/kernels/last_stage.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -17,18 +28,26 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
-def _stop_compiling_at_what_runs(monkeypatch):
-    """ttsem executes Triton IR, the first stage. The other stages take most of the time and affect no test."""
-    if ON_A_GPU and not IS_REAL:
-        monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", _first_stage_only)
+def _stop_compiling_at_what_runs(request, monkeypatch):
+    """ttsem executes one stage of Triton's compiler. The later ones take most of the time and affect no test."""
+    if not ON_A_GPU or IS_REAL:
+        return
+    stage = "ttir"
+    if request.config.getoption("--last-stage", False):
+        from ttsem import harness  # which a GPU does without
+
+        stage, prepare = "ttgir", harness.ir_for_launch
+        monkeypatch.setattr(harness, "ir_for_launch", lambda record, _, target: prepare(record, stage, target))
+    monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", partial(_stop_after, stage))
 
 
-def _first_stage_only(*arguments):
+def _stop_after(last, *arguments):
     """Triton's hook. Without arguments it returns a cache key, else it may change the stages."""
     if not arguments:
-        return "ttir only", "ttir only"
+        return f"{last} is last", f"{last} is last"
     _, stages, *_ = arguments
-    for name in ("ttgir", "llir", "ptx"):
+    names = list(stages)
+    for name in names[names.index(last) + 1 :]:
         del stages[name]
     stages["cubin"] = _no_binary
     return None

@@ -46,11 +46,6 @@ def padded_inputs(pattern, tokens, head_dim, dtype, padding, heads=2):
     return make_inputs(1, heads, first + tokens, head_dim, dtype, padding, garbage=1e3, num_kept=first + 1)
 
 
-def default_inputs(pattern):
-    """Inputs for a pattern of default sizes: each tile lies in one block."""
-    return padded_inputs(pattern, 5 * 128 - 60, 64, torch.bfloat16, "right")
-
-
 def unusual_inputs(pattern):
     """Inputs for one of ``UNUSUAL_PATTERNS``."""
     padding = "left" if pattern.num_global_tokens % 2 else "random"

@@ -9,7 +9,6 @@ from running import (
     UNUSUAL_PATTERNS,
     Attended,
     attend,
-    default_inputs,
     dense_scores,
     forward,
     name_of,
@@ -112,10 +111,13 @@ def test_single_token(sparsity_type, dtype):
         assert x.float().square().mean().sqrt() <= TOLERANCES[dtype] * size
 
 
+@pytest.mark.every_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
-def test_blocks_as_large_as_a_tile(sparsity_type):
+def test_blocks_as_large_as_a_tile(sparsity_type, dtype):
+    """The default pattern, and all kernels."""
     pattern = LSGPattern(sparsity_type=sparsity_type)
-    check(default_inputs(pattern), pattern)
+    check(padded_inputs(pattern, 5 * 128 - 60, 64, dtype, "right"), pattern)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
