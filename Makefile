@@ -8,7 +8,10 @@ OLD_TRANSFORMERS := 4.44.2 4.57.6
 # besides the one of .venv: 3.11, for which constraints.txt is written
 OTHER_PYTHONS := 3.10 3.12 3.13
 
-.PHONY: demo test test-matrix test-pythons static lint format docs bench clean
+# compute capabilities that the kernels are executed for: tensor cores by warp groups, as on Hopper alone, and by warps
+LAST_STAGES := 90 80
+
+.PHONY: demo test test-last-stage test-matrix test-pythons static lint format docs bench clean
 .SECONDARY:
 
 demo: $(VENV)/ready
@@ -18,6 +21,12 @@ test: lint
 	$(BIN)/python -m pytest
 	$(BIN)/python -m ttsem.sanitize pytest tests/kernels
 	$(BIN)/python -m bench.static --subset quick --target sm_90
+
+# The kernel tests on the last stage of the compiler before LLVM. TESTS="-m every_kernel" and the like for fewer of them.
+test-last-stage: $(LAST_STAGES:%=test-last-stage-%)
+
+test-last-stage-%: $(VENV)/ready
+	$(BIN)/python tests/kernels/last_stage.py --cc $* tests/kernels $(TESTS)
 
 # The models with each of the versions of transformers, in an environment of its own; LSG-BART alone with the oldest.
 test-matrix: $(VENV)/ready $(OLD_TRANSFORMERS:%=test-transformers-%)
