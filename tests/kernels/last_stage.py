@@ -1,4 +1,4 @@
-"""Run the kernel tests without a GPU on what Triton compiles for one: `python tests/kernels/last_stage.py --help`.
+"""Run the kernel tests without a GPU on what Triton compiles for one: `last_stage.py --cc 80 tests/kernels -k norm`.
 
 As `python -m ttsem.sanitize pytest`, but ttsem executes TTGIR, the last stage before LLVM, in place of the first one:
 layouts, pipelined loops, asynchronous copies and Hopper's products are in it, for one compute capability.
@@ -13,7 +13,7 @@ from ttsem import mlir, sanitize
 
 def main():
     """Pytest's exit status, or 1 if no kernel ran."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Other arguments are pytest's.")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Other arguments: pytest's.")
     parser.add_argument("--cc", type=int, required=True, help="the compute capability, such as 80")
     options, arguments = parser.parse_known_args()
     mlir.enable_generic_printing()  # before Triton caches a kernel: ttsem reads no other form
