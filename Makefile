@@ -5,13 +5,15 @@ BIN := $(VENV)/bin
 
 # besides the newest, which constraints.txt pins; the first is the oldest that setup.py allows
 OLD_TRANSFORMERS := 4.44.2 4.57.6
+# besides the one that constraints.txt pins: that of torch 2.11
+OLD_TRITON := 3.6.0
 # besides the one of .venv: 3.11, for which constraints.txt is written
 OTHER_PYTHONS := 3.10 3.12 3.13
 
 # compute capabilities that the kernels are executed for: tensor cores by warp groups, as on Hopper alone, and by warps
 LAST_STAGES := 90 80
 
-.PHONY: demo test test-last-stage test-matrix test-pythons static lint format docs bench clean
+.PHONY: demo test test-last-stage test-matrix test-pythons static static-3.6 lint format docs bench clean
 .SECONDARY:
 
 demo: $(VENV)/ready
@@ -48,8 +50,14 @@ test-python-%:
 	$(VENV)-python-$*/bin/python -m pytest tests/test_smoke.py
 	rm -rf $(VENV)-python-$*
 
+# The kernels' binaries for all GPUs, then what a tile costs in them.
 static: $(VENV)/ready
 	$(BIN)/python -m bench.static --csv bench/results/static.csv
+	$(BIN)/python -m bench.static.tiles --head-dim 64 128 --csv bench/results/tiles.csv
+
+# The same of a subset with an older Triton.
+static-3.6: $(VENV)-triton-$(OLD_TRITON)/ready
+	$(VENV)-triton-$(OLD_TRITON)/bin/python -m bench.static --subset quick --target sm_80 sm_90
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -92,5 +100,12 @@ $(VENV)-transformers-%/ready: Makefile setup.py pyproject.toml constraints.txt
 	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable ".[dev]" transformers==$*
 	touch $@
 
+$(VENV)-triton-%/ready: Makefile setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	grep -v '^triton==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --constraint $(@D)/constraints.txt --editable .
+	$(@D)/bin/python -m pip install --quiet --no-deps triton==$*
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-python-* $(VENV)-transformers-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-python-* $(VENV)-transformers-* $(VENV)-triton-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -189,23 +189,17 @@ def compile_only(problem: Problem, schedule: Schedule) -> None:
 
 
 def neighbours(row: Schedule) -> list[Schedule]:
-    """The row, then the schedules that differ from it in one or two of rows, columns, warps, stages and the branch."""
+    """The row, then the schedules that differ from it in one or two of rows, columns, warps and stages."""
     (least, most), (fewest, longest) = _ROWS, _STAGES
     sizes = [[x for x in (size, size // 2, size * 2) if least <= x <= most] for size in (row.block_m, row.block_n)]
     stages = [x for x in (row.tuning.num_stages + step for step in (0, -1, 1)) if fewest <= x <= longest]
-    choices = itertools.product(*sizes, _WARPS, stages, (False, True))
-    every = [Schedule(m, n, Tuning(warps, count), bool(branch)) for m, n, warps, count, branch in choices]
+    every = [Schedule(m, n, Tuning(warps, count)) for m, n, warps, count in itertools.product(*sizes, _WARPS, stages)]
     near = [schedule for schedule in every if 0 < _distance(row, schedule) <= 2]
     return [row, *sorted(near, key=lambda schedule: _distance(row, schedule))]
 
 
 def _distance(one: Schedule, other: Schedule) -> int:
-    return sum(a != b for a, b in zip(_choices(one), _choices(other), strict=True))
-
-
-def _choices(schedule: Schedule) -> tuple[int, ...]:
-    m, n, tuning, branch = schedule
-    return m, n, *tuning, branch
+    return sum(a != b for a, b in zip((*one[:2], *one.tuning), (*other[:2], *other.tuning), strict=True))
 
 
 class Measured(NamedTuple):
@@ -281,16 +275,15 @@ def plan_pass(
 def row_text(schedule: Schedule, head_dim: int, has_dropout: bool, comment: str) -> str:
     """A row to paste into ``lsg_attn/fused/schedules.py``."""
     limit = next(limit for limit in (64, 128, 256) if head_dim <= limit)
-    m, n, (warps, stages), branch = schedule
-    more = ", branch=True" if branch else ""
-    return f"    ({limit}, {has_dropout}): Schedule({m}, {n}, Tuning({warps}, {stages}){more}),  # {comment}"
+    (m, n, (warps, stages)) = schedule
+    return f"    ({limit}, {has_dropout}): Schedule({m}, {n}, Tuning({warps}, {stages})),  # {comment}"
 
 
 def _print_measured(console: Console, trial: Trial, measured: Sequence[Measured]) -> None:
-    columns = ("rows", "columns", "warps", "stages", "branch", "ms", "p20-p80", "to the table's row", "p20-p80")
+    columns = ("rows", "columns", "warps", "stages", "ms", "p20-p80", "to the table's row", "p20-p80")
     table = Table(*columns, title=trial.problem.describe())
     for schedule, seconds, to_row, failure in measured:
-        cells = _cells(schedule)
+        cells = [str(x) for x in (*schedule[:2], *schedule.tuning)]
         if seconds is None or to_row is None:
             table.add_row(*cells, failure)
             continue
@@ -307,10 +300,6 @@ def _print_measured(console: Console, trial: Trial, measured: Sequence[Measured]
     comment = why_best(best, trial.row, trial.problem.describe(), torch.cuda.get_device_name(), torch.__version__)
     text = row_text(best.schedule, trial.problem.shape[3], has_dropout, comment)
     console.print(text, markup=False, soft_wrap=True)
-
-
-def _cells(schedule: Schedule) -> list[str]:
-    return [*map(str, _choices(schedule)[:4]), "yes" if schedule.branch else "no"]
 
 
 def best_of(measured: Sequence[Measured]) -> Measured | None:
@@ -356,7 +345,7 @@ class Recorded(NamedTuple):
 
 def from_record(record: dict[str, Any]) -> Recorded:
     """What :func:`to_record` was given."""
-    row, schedule = (Schedule(m, n, Tuning(*of), branch) for m, n, of, branch in (record["row"], record["schedule"]))
+    row, schedule = (Schedule(m, n, Tuning(*tuning)) for m, n, tuning in (record["row"], record["schedule"]))
     seconds, to_row = (None if record[key] is None else Spread(*record[key]) for key in ("seconds", "to_row"))
     told = record["problem"]
     dtype = getattr(torch, told["dtype"].removeprefix("torch."))
@@ -371,11 +360,11 @@ def _print_plan(console: Console, problem: Problem, target: str) -> None:
     call = meta_call(pattern, shape, dtype, has_mask=False, has_dropout=dropout_p > 0)
     saved, dout = to_save(call, allocate(call)) if is_backward else None, torch.empty_like(call.query)
     title = f"{target}, {problem.describe()}: would be tried"
-    table = Table("rows", "columns", "warps", "stages", "branch", "programs", title=title)
+    table = Table("rows", "columns", "warps", "stages", "programs", title=title)
     for schedule in problem.schedules(target):
         launches, _ = plan_pass(call, saved, dout, target, schedule)
         programs = ", ".join(f"{launch.kernel.__name__} {launch.programs}" for launch in launches)
-        table.add_row(*_cells(schedule), programs)
+        table.add_row(*(str(x) for x in (*schedule[:2], *schedule.tuning)), programs)
     console.print(table)
 
 

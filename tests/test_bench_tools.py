@@ -328,9 +328,8 @@ def test_tune_tries_neighbours_and_its_row_is_valid_python():
     assert schedules[0] == row
     assert len(set(schedules)) == len(schedules) > 10
     assert all(tune._distance(row, schedule) <= 2 for schedule in schedules)
-    for row in (Schedule(64, 32, Tuning(8, 2)), Schedule(64, 32, Tuning(8, 2), branch=True)):
-        text = tune.row_text(row, 80, True, "measured on paper")
-        assert eval("{" + text.split("#")[0] + "}") == {(128, True): row}
+    text = tune.row_text(Schedule(64, 32, Tuning(8, 2)), 80, True, "measured on paper")
+    assert eval("{" + text.split("#")[0] + "}") == {(128, True): Schedule(64, 32, Tuning(8, 2))}
 
 
 @pytest.mark.parametrize("arguments", [[], ["--passes", "forward", "backward"], ["--type", "lsh", "--dropout"]])

@@ -12,6 +12,7 @@ from bench.static.key import key_of
 from bench.static.meta import meta_call, meta_passes
 from lsg_attn import SPARSITY_TYPES, LSGPattern
 from lsg_attn.fused.launch import Launch
+from lsg_attn.fused.schedules import max_head_dim
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,8 @@ def planned_calls(subset: str, targets: Sequence[str]) -> Iterator[PlannedCall]:
     everything = itertools.product(SPARSITY_TYPES, dtypes, (64, 128), (True, False), (False, True), targets)
     for values in everything:
         call = PlannedCall(*values, has_backward=_has_backward(subset, *values[1:5]))
+        if call.head_dim > max_head_dim(call.target):
+            continue
         is_main = call.head_dim == 64 and call.has_mask
         is_plain = call.dtype == torch.bfloat16 and not call.has_dropout
         if subset == "quick" and not (is_main and is_plain):
@@ -132,7 +135,9 @@ def planned_calls(subset: str, targets: Sequence[str]) -> Iterator[PlannedCall]:
     if subset == "all":
         others = itertools.product(("norm", "lsh"), (torch.bfloat16, torch.float32), (False, True), targets)
         for sparsity_type, dtype, has_dropout, target in others:
-            for head_dim, sizes in ((64, {"block_size": 32}), (128, {"num_globals": 200}), (256, {})):
+            largest = max_head_dim(target)
+            others_of = ((64, {"block_size": 32}), (min(largest, 128), {"num_globals": 200}), (largest, {}))
+            for head_dim, sizes in others_of:
                 yield PlannedCall(sparsity_type, dtype, head_dim, True, has_dropout, target, not has_dropout, **sizes)
 
 

@@ -15,7 +15,7 @@ from ..kernels.reduce import _lsg_bwd_combine_kernel, _lsg_bwd_sums_kernel, _lsg
 from .compress import plan_compression
 from .launch import COMBINED, Launch, attention_arguments, block_d, key_arguments, run_on, split_globals
 from .results import Results, Saved, restore
-from .schedules import COMBINE, SUMS, WEIGHTS, Schedule, backward_schedule, target_of
+from .schedules import COMBINE, SUMS, WEIGHTS, Schedule, backward_schedule, hides_by_branch, target_of
 from .variant import variant_of
 
 # ``sums`` has its rows in multiples of so many, see kernels/heads.py.
@@ -84,7 +84,7 @@ def plan_backward(
             schedule.tuning,
         ),
         *(() if weights is None else (weights,)),
-        *_plan_gradients(call, results, gradients, attention, weights, schedule),
+        *_plan_gradients(call, results, gradients, attention, weights, target, schedule),
     )
     return [launch for launch in launches if launch.programs]
 
@@ -131,7 +131,7 @@ def _plan_weights(call: Call, results: Results, attention: dict[str, Any]) -> La
 
 def _plan_gradients(
     call: Call, results: Results, gradients: Gradients, attention: dict[str, Any], weights: Launch | None,
-    schedule: Schedule,
+    target: str, schedule: Schedule,
 ) -> list[Launch]:  # fmt: skip
     """The launch of dq, dk and dv, and the combine of what that, and the launch of weights, leave in parts."""
     bos_part = None if weights is None else weights.arguments["bos_part_ptr"]
@@ -162,7 +162,7 @@ def _plan_gradients(
         "dscore_ptr": None if weights is None else weights.arguments["dscore_ptr"],
         "part_size": split.part_size,
         "BLOCK_G": split.block,
-        "BRANCH": schedule.branch,
+        "BRANCH": hides_by_branch(target),
     }
     combine = {
         **outputs,

@@ -13,7 +13,7 @@ from ..kernels.forward import _lsg_fwd_combine_kernel, _lsg_fwd_kernel
 from .compress import directions_of, plan_compression
 from .launch import COMBINED, Launch, attention_arguments, run_on, split_globals
 from .results import Results, allocate
-from .schedules import COMBINE, Schedule, forward_schedule, target_of
+from .schedules import COMBINE, Schedule, forward_schedule, hides_by_branch, target_of
 from .variant import variant_of
 
 
@@ -34,12 +34,12 @@ def plan_forward(call: Call, results: Results, target: str, schedule: Schedule |
         schedule = forward_schedule(target, query.dtype, query.shape[3], call.pattern.block_size, has_dropout)
     launches = (
         *plan_compression(call, results, target, directions_of(call)),
-        *_plan_attention(call, results, schedule),
+        *_plan_attention(call, results, target, schedule),
     )
     return [launch for launch in launches if launch.programs]
 
 
-def _plan_attention(call: Call, results: Results, schedule: Schedule) -> list[Launch]:
+def _plan_attention(call: Call, results: Results, target: str, schedule: Schedule) -> list[Launch]:
     query, pattern, variant = call.query, call.pattern, variant_of(call)
     batch, heads, length, head_dim = query.shape
     num_globals = pattern.num_global_tokens
@@ -62,7 +62,7 @@ def _plan_attention(call: Call, results: Results, schedule: Schedule) -> list[La
         "BLOCK_M": schedule.block_m,
         "BLOCK_N": schedule.block_n,
         "BLOCK_G": split.block,
-        "BRANCH": schedule.branch,
+        "BRANCH": hides_by_branch(target),
     }
     attention = {**shared, **outputs, "batch": batch, "part_size": split.part_size, **tiles}
     combine = {**outputs, "length": length, "NUM_GLOBALS": num_globals, "HEAD_DIM": head_dim, "BLOCK_N": COMBINED}

@@ -15,15 +15,11 @@ class Tuning(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """Rows that a program has results of, rows of the other side that it takes at a time, and its tuning.
-
-    ``branch``: whether keys are hidden by a branch (see ``kernels/walk.py``).
-    """
+    """Rows that a program has results of, rows of the other side that it takes at a time, and its tuning."""
 
     block_m: int
     block_n: int
     tuning: Tuning
-    branch: bool = False
 
 
 # Every row below was compiled by bench.static (torch 2.13.0, triton 3.8.0) and chosen for its registers, spills,
@@ -37,19 +33,20 @@ WEIGHTS = Tuning(num_warps=4, num_stages=1)
 # The attention kernel and its backward, by (largest head_dim, with dropout): rows of 16-bit types for a kind of GPU,
 # then of float32, whose products are made without tensor cores.
 _HOPPER = {
-    (64, False): Schedule(128, 64, Tuning(4, 3), branch=True),
-    (64, True): Schedule(64, 64, Tuning(4, 2), branch=True),  # 128 rows spill 600 bytes: philox needs the registers
-    (128, False): Schedule(128, 64, Tuning(8, 3), branch=True),
-    (128, True): Schedule(128, 64, Tuning(8, 3), branch=True),
-    (256, False): Schedule(64, 32, Tuning(8, 2), branch=True),
-    (256, True): Schedule(64, 32, Tuning(8, 2), branch=True),
+    (64, False): Schedule(128, 64, Tuning(4, 3)),
+    (64, True): Schedule(64, 64, Tuning(4, 2)),  # 128 rows spill 600 bytes: philox needs the registers
+    (128, False): Schedule(128, 64, Tuning(8, 3)),
+    (128, True): Schedule(128, 64, Tuning(8, 3)),
+    (256, False): Schedule(64, 32, Tuning(8, 2)),
+    (256, True): Schedule(64, 32, Tuning(8, 2)),
 }
 _BLACKWELL = _HOPPER | {
-    (64, False): Schedule(128, 64, Tuning(4, 2)),  # a third stage spills 156 bytes
+    (64, False): Schedule(128, 64, Tuning(8, 2)),  # 4 warps spill 144 bytes
     (128, False): Schedule(128, 64, Tuning(8, 2)),
     (128, True): Schedule(128, 64, Tuning(8, 2)),
 }
 _AMPERE = _BLACKWELL | {
+    (64, False): Schedule(128, 64, Tuning(4, 2)),
     (128, False): Schedule(64, 64, Tuning(4, 2)),  # 128 rows spill 204 bytes, and 5 KB with dropout
     (128, True): Schedule(64, 64, Tuning(4, 2)),
 }
@@ -67,6 +64,10 @@ _AMD = _SMALL | {  # 64 KB of it
     (256, False): Schedule(64, 16, Tuning(4, 2)),
     (256, True): Schedule(64, 16, Tuning(4, 2)),
 }
+_RDNA = {  # 256 registers of a lane, and rows of head_dim 128 spill in any tile
+    (64, False): Schedule(64, 32, Tuning(8, 1)),  # 64 keys spill 224 bytes, a second stage 92
+    (64, True): Schedule(64, 32, Tuning(8, 1)),
+}
 _FLOAT32 = {
     (64, False): Schedule(64, 32, Tuning(8, 2)),
     (64, True): Schedule(64, 32, Tuning(8, 2)),
@@ -81,14 +82,20 @@ _FLOAT32_AMD = _FLOAT32 | {
 }
 
 
+_FLOAT32_RDNA = {
+    (64, False): Schedule(16, 32, Tuning(8, 1)),  # 32 rows spill 304 bytes
+    (64, True): Schedule(16, 32, Tuning(8, 1)),
+}
+
+
 # 128 rows with two gradients each take all registers of 8 warps, and 4 spill.
 _BACKWARD_HOPPER = {
-    (64, False): Schedule(64, 64, Tuning(4, 2), branch=True),  # a third stage spills 96 bytes
-    (64, True): Schedule(64, 64, Tuning(4, 2), branch=True),
-    (128, False): Schedule(64, 32, Tuning(8, 2), branch=True),  # 64 of the other side spill 136 bytes, 4 warps 880
-    (128, True): Schedule(32, 32, Tuning(4, 2), branch=True),  # 64 rows spill 228 bytes
-    (256, False): Schedule(32, 32, Tuning(8, 2), branch=True),  # 4 warps spill 400 bytes
-    (256, True): Schedule(32, 32, Tuning(8, 2), branch=True),
+    (64, False): Schedule(64, 64, Tuning(4, 2)),  # a third stage spills 96 bytes
+    (64, True): Schedule(64, 64, Tuning(4, 2)),
+    (128, False): Schedule(64, 32, Tuning(8, 2)),  # 64 of the other side spill 136 bytes, 4 warps 880
+    (128, True): Schedule(32, 32, Tuning(4, 2)),  # 64 rows spill 228 bytes
+    (256, False): Schedule(32, 32, Tuning(8, 2)),  # 4 warps spill 400 bytes
+    (256, True): Schedule(32, 32, Tuning(8, 2)),
 }
 _BACKWARD_BLACKWELL = _BACKWARD_HOPPER | {
     (128, True): Schedule(64, 32, Tuning(8, 2)),
@@ -129,6 +136,16 @@ _BACKWARD_FLOAT32_AMD = _BACKWARD_AMD | {
 }
 
 
+_BACKWARD_RDNA = {
+    (64, False): Schedule(32, 16, Tuning(4, 1)),  # 32 of the other side spill 208 bytes
+    (64, True): Schedule(32, 16, Tuning(4, 1)),
+}
+_BACKWARD_FLOAT32_RDNA = {
+    (64, False): Schedule(16, 16, Tuning(8, 1)),  # 32 rows spill 692 bytes
+    (64, True): Schedule(16, 16, Tuning(16, 1)),
+}
+
+
 class _Kind(NamedTuple):
     """The rows of one kind of GPU and dtype."""
 
@@ -143,6 +160,11 @@ def target_of(device: torch.device) -> str:
         return name.split(":")[0]
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def max_head_dim(target: str) -> int:
+    """The largest head_dim that there are rows for."""
+    return max(limit for limit, _ in _kind_of(target, is_float32=False).forward)
 
 
 def forward_schedule(target: str, dtype: torch.dtype, head_dim: int, block_size: int, has_dropout: bool) -> Schedule:
@@ -164,12 +186,23 @@ def backward_schedule(target: str, dtype: torch.dtype, head_dim: int, has_dropou
     return rows[next(limit for limit in (64, 128, 256) if head_dim <= limit), has_dropout]
 
 
+def hides_by_branch(target: str) -> bool:
+    """Whether kernels hide keys in a branch of a tile's own, see ``BRANCH`` in ``kernels/walk.py``.
+
+    Products of Hopper's and of datacenter Blackwell's tensor cores stay as they are through a branch. On other GPUs the
+    compiler takes those of a branch through shared memory, in each tile.
+    """
+    return target.startswith("sm_") and 90 <= int(target.removeprefix("sm_")) < 120
+
+
 def lsh_tuning(target: str) -> Tuning:
     """The tuning of the hashing kernel: 8 warps of 64 lanes spill on AMD's GPUs, 4 of 32 on NVIDIA's."""
     return Tuning(num_warps=4 if target.startswith("gfx") else 8, num_stages=1)
 
 
 def _kind_of(target: str, is_float32: bool) -> _Kind:
+    if target.startswith(("gfx11", "gfx12")):
+        return _Kind(_FLOAT32_RDNA, _BACKWARD_FLOAT32_RDNA) if is_float32 else _Kind(_RDNA, _BACKWARD_RDNA)
     if target.startswith("gfx"):
         return _Kind(_FLOAT32_AMD, _BACKWARD_FLOAT32_AMD) if is_float32 else _Kind(_AMD, _BACKWARD_AMD)
     capability = int(target.removeprefix("sm_"))
