@@ -12,7 +12,8 @@ from bench.static.key import key_of
 from bench.static.meta import meta_call, meta_passes
 from lsg_attn import SPARSITY_TYPES, LSGPattern
 from lsg_attn.fused.launch import Launch
-from lsg_attn.fused.schedules import max_head_dim
+from lsg_attn.fused.schedules import missing_rows
+from lsg_attn.sparsity import RULES
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class PlannedCall:
     has_backward: bool = True
     block_size: int = 128
     num_globals: int = 1
+
+    @property
+    def is_supported(self) -> bool:
+        """Whether dispatch has kernels for it."""
+        is_hashed = RULES[self.sparsity_type].is_hashed
+        return not missing_rows(self.target, self.dtype, self.head_dim, is_hashed)
 
     def launches(self) -> list[tuple[str, Launch]]:
         """The launches, each with its pass: "forward" or "backward"."""
@@ -112,19 +119,21 @@ def kernels_of(calls: Iterable[PlannedCall]) -> dict[str, Kernel]:
 
 
 def planned_calls(subset: str, targets: Sequence[str]) -> Iterator[PlannedCall]:
-    """The calls of a subset.
+    """The calls of a subset that the kernels take.
 
     "quick": bfloat16, head_dim 64, a mask; "ci": all dtypes, and for bfloat16 also dropout; "all": every combination
     with head_dim 64 and 128, with and without a mask and dropout, for the default pattern. "all" also has some calls
     with blocks smaller than a tile, many globals, and head_dim 256. Only some have a backward: see
     :func:`_has_backward`.
     """
+    return (call for call in _every_call(subset, targets) if call.is_supported)
+
+
+def _every_call(subset: str, targets: Sequence[str]) -> Iterator[PlannedCall]:
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     everything = itertools.product(SPARSITY_TYPES, dtypes, (64, 128), (True, False), (False, True), targets)
     for values in everything:
         call = PlannedCall(*values, has_backward=_has_backward(subset, *values[1:5]))
-        if call.head_dim > max_head_dim(call.target):
-            continue
         is_main = call.head_dim == 64 and call.has_mask
         is_plain = call.dtype == torch.bfloat16 and not call.has_dropout
         if subset == "quick" and not (is_main and is_plain):
@@ -135,9 +144,7 @@ def planned_calls(subset: str, targets: Sequence[str]) -> Iterator[PlannedCall]:
     if subset == "all":
         others = itertools.product(("norm", "lsh"), (torch.bfloat16, torch.float32), (False, True), targets)
         for sparsity_type, dtype, has_dropout, target in others:
-            largest = max_head_dim(target)
-            others_of = ((64, {"block_size": 32}), (min(largest, 128), {"num_globals": 200}), (largest, {}))
-            for head_dim, sizes in others_of:
+            for head_dim, sizes in ((64, {"block_size": 32}), (128, {"num_globals": 200}), (256, {})):
                 yield PlannedCall(sparsity_type, dtype, head_dim, True, has_dropout, target, not has_dropout, **sizes)
 
 

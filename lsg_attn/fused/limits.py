@@ -8,7 +8,7 @@ import torch
 from torch.autograd.forward_ad import unpack_dual
 
 from ..call import Call
-from .schedules import max_head_dim, target_of
+from .schedules import missing_rows, target_of
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MIN_CAPABILITY = (8, 0)
@@ -22,19 +22,18 @@ def unsupported_reasons(call: Call) -> list[str]:
     """Why the kernels cannot run a call; empty if they can."""
     query, pattern = call.query, call.pattern
     reasons = []
-    head_dim, largest = query.shape[-1], _MAX_HEAD_DIM
     if not query.is_cuda:
         reasons.append(f"the tensors are on device {query.device}, the kernels need a CUDA or ROCm device")
     elif torch.version.hip is None and (found := torch.cuda.get_device_capability(query.device)) < _MIN_CAPABILITY:
         reasons.append("the GPU's compute capability is {}.{}, the kernels need {}.{}".format(*found, *_MIN_CAPABILITY))
     else:
-        largest = max_head_dim(target_of(query.device))
+        reasons += missing_rows(target_of(query.device), query.dtype, query.shape[-1], pattern.rule.is_hashed)
     if not _HAS_TRITON:
         reasons.append("triton is not installed")
     if query.dtype not in _DTYPES:
         reasons.append(f"the dtype is {query.dtype}, the kernels take float16, bfloat16 and float32")
-    if head_dim > largest:
-        reasons.append(f"head_dim is {head_dim}, the kernels take up to {largest}")
+    if query.shape[-1] > _MAX_HEAD_DIM:
+        reasons.append(f"head_dim is {query.shape[-1]}, the kernels take up to {_MAX_HEAD_DIM}")
     if pattern.num_global_tokens > _MAX_GLOBALS:
         reasons.append(f"num_global_tokens is {pattern.num_global_tokens}, the kernels take up to {_MAX_GLOBALS}")
     if pattern.rule.is_hashed and pattern.chunk > _MAX_HASHED:

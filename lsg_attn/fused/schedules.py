@@ -64,6 +64,7 @@ _AMD = _SMALL | {  # 64 KB of it
     (256, False): Schedule(64, 16, Tuning(4, 2)),
     (256, True): Schedule(64, 16, Tuning(4, 2)),
 }
+_RDNA_TARGETS = ("gfx11", "gfx12")
 _RDNA = {  # 256 registers of a lane, and rows of head_dim 128 spill in any tile
     (64, False): Schedule(64, 32, Tuning(8, 1)),  # 64 keys spill 224 bytes, a second stage 92
     (64, True): Schedule(64, 32, Tuning(8, 1)),
@@ -84,7 +85,7 @@ _FLOAT32_AMD = _FLOAT32 | {
 
 _FLOAT32_RDNA = {
     (64, False): Schedule(16, 32, Tuning(8, 1)),  # 32 rows spill 304 bytes
-    (64, True): Schedule(16, 32, Tuning(8, 1)),
+    (64, True): Schedule(16, 16, Tuning(8, 1)),
 }
 
 
@@ -162,9 +163,16 @@ def target_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def max_head_dim(target: str) -> int:
-    """The largest head_dim that there are rows for."""
-    return max(limit for limit, _ in _kind_of(target, is_float32=False).forward)
+def missing_rows(target: str, dtype: torch.dtype, head_dim: int, is_hashed: bool) -> list[str]:
+    """What a GPU of architecture ``target`` has too few registers for, of a call of this dtype and head_dim."""
+    is_float32 = dtype == torch.float32
+    largest = max(limit for limit, _ in _kind_of(target, is_float32).forward)
+    missing = []
+    if largest < head_dim <= 256:  # more is too much for any GPU
+        missing.append(f"head_dim is {head_dim}, the kernels take up to {largest} on {target}")
+    if is_hashed and is_float32 and target.startswith(_RDNA_TARGETS):
+        missing.append(f"the dtype is {dtype}, the kernels hash only 16-bit types on {target}")
+    return missing
 
 
 def forward_schedule(target: str, dtype: torch.dtype, head_dim: int, block_size: int, has_dropout: bool) -> Schedule:
@@ -196,12 +204,13 @@ def hides_by_branch(target: str) -> bool:
 
 
 def lsh_tuning(target: str) -> Tuning:
-    """The tuning of the hashing kernel: 8 warps of 64 lanes spill on AMD's GPUs, 4 of 32 on NVIDIA's."""
-    return Tuning(num_warps=4 if target.startswith("gfx") else 8, num_stages=1)
+    """The tuning of the hashing kernel: 8 warps of 64 lanes spill, and so do 4 of 32."""
+    has_wide_warps = target.startswith("gfx") and not target.startswith(_RDNA_TARGETS)
+    return Tuning(num_warps=4 if has_wide_warps else 8, num_stages=1)
 
 
 def _kind_of(target: str, is_float32: bool) -> _Kind:
-    if target.startswith(("gfx11", "gfx12")):
+    if target.startswith(_RDNA_TARGETS):
         return _Kind(_FLOAT32_RDNA, _BACKWARD_FLOAT32_RDNA) if is_float32 else _Kind(_RDNA, _BACKWARD_RDNA)
     if target.startswith("gfx"):
         return _Kind(_FLOAT32_AMD, _BACKWARD_FLOAT32_AMD) if is_float32 else _Kind(_AMD, _BACKWARD_AMD)
