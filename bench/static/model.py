@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,12 @@ from rich.table import Table
 
 from bench.flops import BACKWARD_PRODUCTS, PRODUCTS, num_scores
 from bench.static.meta import meta_call, meta_passes
+from bench.static.tiles import read_costs, table_of
 from lsg_attn import SPARSITY_TYPES, LSGPattern
 from lsg_attn.fused.launch import Launch
+from lsg_attn.sparsity import RULES
+
+COSTS = Path(__file__).parents[1] / "results/tiles.csv"
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
             gpu = f"{DATA_SHEETS[target].name} ({target})"
             table.add_row(sparsity_type, gpu, str(len(row.launches)), *numbers)
     Console(width=120).print(table)
+    _print_tiles(options)
+
+
+def _print_tiles(options: argparse.Namespace) -> None:
+    """Print what a tile costs by the counts that ``make static`` keeps, which are of some GPUs and head_dims."""
+    lookups = {RULES[name].lookup for name in options.types}
+    steps = ("dq", "dkv") if options.backward else ("forward",)
+    costs = [
+        cost
+        for cost in read_costs(COSTS)
+        if cost.target in options.target
+        and cost.head_dim == options.head_dim
+        and RULES[cost.sparsity_type].lookup in lookups
+        and cost.step in steps
+        and not cost.has_mask
+    ]
+    if costs:
+        Console(width=180).print(table_of(costs))
+        print("Cycles of a tile are counted in the compiled loops, not measured: those of its busiest pipe.")
 
 
 if __name__ == "__main__":
