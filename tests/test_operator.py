@@ -9,6 +9,8 @@ from lsg_attn.call import Call
 from lsg_attn.functional import _choose
 from lsg_attn.fused.limits import unsupported_reasons
 from lsg_attn.fused.results import allocate, to_save
+from lsg_attn.fused.schedules import missing_rows
+from lsg_attn.fused.variant import variant_of
 from lsg_attn.operator import _arguments, _call
 from lsg_attn.testing import Inputs, assert_close, make_inputs, run_reference
 
@@ -55,6 +57,36 @@ def test_each_reason_is_named_alone(change, reason, monkeypatch):
     x = x.as_subclass(OnAGPU)
     (got,) = unsupported_reasons(call_of(x, x, x, case["pattern"], scale=case["scale"]))
     assert reason in got
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "is_hashed", "reason"),
+    [
+        (torch.float16, 64, True, ""),
+        (torch.float32, 64, False, ""),
+        (torch.bfloat16, 65, False, "head_dim is 65, the kernels take up to 64 on gfx1100"),
+        (torch.float32, 64, True, "the dtype is torch.float32, the kernels hash only 16-bit types on gfx1100"),
+    ],
+)
+def test_what_rdna_has_too_few_registers_for(dtype, head_dim, is_hashed, reason):
+    assert missing_rows("gfx1100", dtype, head_dim, is_hashed) == ([reason] if reason else [])
+    assert missing_rows("gfx942", dtype, head_dim, is_hashed) == []
+
+
+def test_offsets_have_64_bits_where_a_head_spans_that_much():
+    """A head's own offsets in the inputs, in out, which has all heads of a token side by side, and in the mask."""
+    x, mask = torch.empty(1, 16, 1 << 20, 64, device="meta"), torch.empty(1, 1 << 20, device="meta")
+    far = torch.empty(1, 1 << 20, 64, 33, device="meta").permute(0, 3, 1, 2)
+    far_mask = torch.empty(1, 1 << 20, 1 << 12, device="meta")[..., 0]
+    pattern = LSGPattern(num_global_tokens=0)
+    for is_wide, call in (
+        (False, call_of(x, x, x, pattern, mask)),
+        (True, call_of(*[torch.empty(1, 32, 1 << 20, 64, device="meta")] * 3, pattern)),
+        (True, call_of(x, x, far[:, :16], pattern)),
+        (True, call_of(x, x, x, pattern, far_mask)),
+    ):
+        assert variant_of(call).is_wide == is_wide
+    assert variant_of(call_of(x, x, x, pattern), far).is_wide
 
 
 def test_what_dispatch_chooses_on_a_gpu(monkeypatch):

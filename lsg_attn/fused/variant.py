@@ -38,6 +38,7 @@ class Variant(NamedTuple):
 # Blocks of this many tokens and reaches of this many slots are longer than any sequence, and what is added to them, not
 # multiplied by them, stays below 2^31.
 _FAR = 1 << 29
+_INT32 = 1 << 31
 
 
 def variant_of(call: Call, *others: Tensor) -> Variant:
@@ -56,12 +57,19 @@ def variant_of(call: Call, *others: Tensor) -> Variant:
         has_mask=mask is not None,
         mask_first=call.query.shape[2] - mask.shape[1] if mask is not None else 0,
         has_dropout=call.dropout_p > 0,
-        is_wide=any(map(_spans_far, (call.query, call.key, call.value, *others)))
-        or (mask is not None and mask.shape[1] * mask.stride(1) >= 1 << 31),
+        is_wide=_is_wide(call, others),
     )
 
 
-def _spans_far(x: Tensor) -> bool:
-    """Whether offsets within a head of ``x`` (batch, heads, length, head_dim) may pass 2^31."""
-    rows, columns = x.shape[2:]
-    return (rows - 1) * x.stride(2) + (columns - 1) * x.stride(3) >= 1 << 31
+def _is_wide(call: Call, others: tuple[Tensor, ...]) -> bool:
+    """Whether an offset within a head of a tensor that the kernels of ``call`` read or write may pass 2^31."""
+    mask, (_, heads, length, head_dim) = call.attention_mask, call.query.shape
+    spans = [_span(x) for x in (call.query, call.key, call.value, *others)]  # gradients are laid out as these
+    spans.append(heads * length * head_dim)  # out is (batch, G+T, heads, head_dim) in memory
+    spans += [] if mask is None else [(mask.shape[1] - 1) * mask.stride(1)]
+    return max(spans) >= _INT32
+
+
+def _span(x: Tensor) -> int:
+    """The offset of the last element of a head of ``x`` (batch, heads, length, head_dim) from its first."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape[2:], x.stride()[2:], strict=True))

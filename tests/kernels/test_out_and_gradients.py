@@ -9,6 +9,7 @@ from running import (
     UNUSUAL_PATTERNS,
     Attended,
     attend,
+    call_of,
     dense_scores,
     forward,
     name_of,
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lsg_attn import SPARSITY_TYPES, LSGAttention, LSGPattern, lsg_attention
 from lsg_attn.compression import lsh_directions
+from lsg_attn.fused import variant
 from lsg_attn.testing import TOLERANCES, Inputs, assert_close, make_inputs, run_reference
 
 GRADIENTS = ("dquery", "dkey", "dvalue")
@@ -173,6 +175,15 @@ def test_large_scale(padding):
 )
 def test_sizes_beyond_any_sequence(sizes):
     check(make_inputs(1, 1, 1 + 59, 16), LSGPattern(*sizes))
+
+
+@pytest.mark.parametrize("sparsity_type", ["norm", "bos_pooling", "stride", "block_stride"])
+def test_offsets_of_64_bits(sparsity_type, monkeypatch):
+    """The kernels for heads of a tensor that span more than 2^31 elements, on a smaller one."""
+    monkeypatch.setattr(variant, "_INT32", 0)
+    pattern = LSGPattern(16, 32, 4, sparsity_type, 3)
+    assert variant.variant_of(call_of(unusual_inputs(pattern), pattern)).is_wide
+    check(unusual_inputs(pattern), pattern)
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 40, 16), (1, 2, 3, 16), (1, 1, 4, 16)])
