@@ -44,17 +44,17 @@ def _score(q, k, start, offs_n, stop, has_gaps, source, KIND: tl.constexpr, V: t
     Only a tile that has such a key looks for them. BRANCH: it alone selects, which is best where a branch can return
     the tile as the tensor cores left it. Where that takes a way through shared memory, all tiles add a row of zeros.
     """
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
     hides = has_gaps | (start + offs_n.shape[0] > stop)
     if BRANCH:
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         if hides:
             visible = look(start, offs_n, stop, source, KIND, V)
             scores = tl.where(visible[None, :], scores, float("-inf"))
     else:
         hidden = tl.zeros(offs_n.shape, tl.float32)
-        if hides:
+        if hides:  # before the product: float32's needs so many registers that few values may pass a branch
             hidden = tl.where(look(start, offs_n, stop, source, KIND, V), 0.0, float("-inf"))
-        scores += hidden[None, :]
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") + hidden[None, :]
     return scores
 
 
@@ -107,18 +107,30 @@ def walk_keys(
     row_block = (first_row + tl.arange(0, BLOCK_M)) // V.block
     first, last = first_row // V.block, (tl.minimum(first_row + BLOCK_M, source.num_tokens) - 1) // V.block
     none = KeyRange(0, 0, False)
-    # 1. Which slots and tokens.
-    left, right = none, none
-    if SPARSITY != "none":
-        left, right = slots_seen(first, last, source, V)
-    local = tokens_seen(first, last, source, V)
+    # 1. Which slots and tokens. For float32 not before its globals, whose products would then spill registers.
+    IS_FLOAT32: tl.constexpr = tile.q.dtype == tl.float32
+    left, right, local = none, none, none
+    if not IS_FLOAT32:
+        left, right, local = _keys_seen(first, last, source, V)
     # 2. The globals.
     if V.num_globals > 0:
         BLOCK_GLOBAL_KEYS: tl.constexpr = BLOCK_G if BLOCK_G < BLOCK_N else BLOCK_N
-        globals_ = global_keys(V)
-        state = _walk(state, tile, None, globals_, none, source, "token", False, V, BLOCK_GLOBAL_KEYS, BRANCH, STEP)
+        near = global_keys(V)
+        state = _walk(state, tile, None, near, none, source, "token", False, V, BLOCK_GLOBAL_KEYS, BRANCH, STEP)
+    if IS_FLOAT32:
+        left, right, local = _keys_seen(first, last, source, V)
     # 3. The slots.
     if SPARSITY != "none":
         state = _walk(state, tile, row_block, left, right, source, SPARSITY, WINDOWED, V, BLOCK_N, BRANCH, STEP)
     # 4. The local windows.
     return _walk(state, tile, row_block, local, none, source, "token", WINDOWED, V, BLOCK_N, BRANCH, STEP)
+
+
+@triton.jit
+def _keys_seen(first, last, source, V: tl.constexpr):
+    """The KeyRanges that query blocks [first, last] see: slots left and right of their local windows, and these."""
+    SPARSITY: tl.constexpr = V.sparsity
+    left, right = KeyRange(0, 0, False), KeyRange(0, 0, False)
+    if SPARSITY != "none":
+        left, right = slots_seen(first, last, source, V)
+    return left, right, tokens_seen(first, last, source, V)

@@ -162,7 +162,7 @@ def _plan_gradients(
         "dscore_ptr": None if weights is None else weights.arguments["dscore_ptr"],
         "part_size": split.part_size,
         "BLOCK_G": split.block,
-        "BRANCH": hides_by_branch(target),
+        "BRANCH": hides_by_branch(target, call.query.dtype),
     }
     combine = {
         **outputs,

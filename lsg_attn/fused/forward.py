@@ -62,7 +62,7 @@ def _plan_attention(call: Call, results: Results, target: str, schedule: Schedul
         "BLOCK_M": schedule.block_m,
         "BLOCK_N": schedule.block_n,
         "BLOCK_G": split.block,
-        "BRANCH": hides_by_branch(target),
+        "BRANCH": hides_by_branch(target, query.dtype),
     }
     attention = {**shared, **outputs, "batch": batch, "part_size": split.part_size, **tiles}
     combine = {**outputs, "length": length, "NUM_GLOBALS": num_globals, "HEAD_DIM": head_dim, "BLOCK_N": COMBINED}

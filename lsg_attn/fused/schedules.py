@@ -58,6 +58,7 @@ _SMALL = _AMPERE | {  # 99 KB of shared memory in a block
 }
 _SMALL_BLACKWELL = _SMALL | {
     (64, False): Schedule(128, 64, Tuning(8, 2)),  # 4 warps spill 124 bytes
+    (128, False): Schedule(64, 32, Tuning(4, 2)),  # 128 rows spill 420 bytes
 }
 _AMD = _SMALL | {  # 64 KB of it
     (64, False): Schedule(64, 64, Tuning(4, 2)),
@@ -101,6 +102,7 @@ _BACKWARD_HOPPER = {
     (256, True): Schedule(16, 32, Tuning(4, 2)),
 }
 _BACKWARD_BLACKWELL = _BACKWARD_HOPPER | {
+    (128, False): Schedule(64, 32, Tuning(8, 2)),  # 64 of the other side spill 84 bytes
     (128, True): Schedule(64, 32, Tuning(8, 2)),
 }
 _BACKWARD_AMPERE = _BACKWARD_HOPPER | {
@@ -197,13 +199,13 @@ def backward_schedule(target: str, dtype: torch.dtype, head_dim: int, has_dropou
     return rows[next(limit for limit in (64, 128, 256) if head_dim <= limit), has_dropout]
 
 
-def hides_by_branch(target: str) -> bool:
+def hides_by_branch(target: str, dtype: torch.dtype) -> bool:
     """Whether kernels hide keys in a branch of a tile's own, see ``BRANCH`` in ``kernels/walk.py``.
 
     Products of Hopper's and of datacenter Blackwell's tensor cores stay as they are through a branch. On other GPUs the
-    compiler takes those of a branch through shared memory, in each tile.
+    compiler takes those of a branch through shared memory, in each tile; float32's products are not made by them.
     """
-    return target.startswith("sm_") and 90 <= int(target.removeprefix("sm_")) < 120
+    return dtype != torch.float32 and target.startswith("sm_") and 90 <= int(target.removeprefix("sm_")) < 120
 
 
 def lsh_tuning(target: str) -> Tuning:
