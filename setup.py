@@ -14,7 +14,7 @@ MODELS = ["packaging>=20", "safetensors>=0.4"]
 TRANSFORMERS = "transformers>=4.44.2,!=5.0.0"
 # torch's builds for GPUs require the one version of Triton they work with, ROCm's under another name; only its CPU
 # builds bring none. In the base requirements, PyPI's triton would conflict with the former or overwrite the latter.
-TRITON = 'triton>=3.4; sys_platform == "linux" and platform_machine in "x86_64 aarch64"'
+TRITON = 'triton>=3.6; sys_platform == "linux" and platform_machine in "x86_64 aarch64"'
 
 CODE_OR_LINK = re.compile(
     r"(?P<code>```.*?```|`[^`\n]+`)"

@@ -45,14 +45,16 @@ def arguments(pattern, dropout_p=0.0, scale=0.3):
         ({"scale": 0.0}, "scale is 0.0, the kernels take one above 0"),
         ({"capability": (7, 5)}, "compute capability is 7.5, the kernels need 8.0"),
         ({"has_triton": False}, "triton is not installed"),
+        ({"triton": (3, 5)}, "triton is 3.5, the kernels need 3.6 or newer"),
     ],
 )
 def test_each_reason_is_named_alone(change, reason, monkeypatch):
     case = {"dtype": torch.float16, "head_dim": 64, "pattern": LSGPattern(), "scale": 1.0}
-    case |= {"capability": (8, 0), "has_triton": True}
+    case |= {"capability": (8, 0), "has_triton": True, "triton": (3, 6)}
     case |= change
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case["capability"])
     monkeypatch.setattr("lsg_attn.fused.limits._HAS_TRITON", case["has_triton"])
+    monkeypatch.setattr("lsg_attn.fused.limits._TRITON", case["triton"])
     x = torch.zeros(1, 1, 600, case["head_dim"], dtype=case["dtype"])
     x = x.as_subclass(OnAGPU)
     (got,) = unsupported_reasons(call_of(x, x, x, case["pattern"], scale=case["scale"]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import torch
@@ -15,7 +17,19 @@ _MIN_CAPABILITY = (8, 0)
 _MAX_HEAD_DIM = 256
 _MAX_GLOBALS = 512
 _MAX_HASHED = 128
+_MIN_TRITON = (3, 6)  # 3.4 and 3.5 do not compile all of the kernels
 _HAS_TRITON = find_spec("triton") is not None
+
+
+def _triton_version() -> tuple[int, ...]:
+    """The installed version, major and minor, without an import; the least that is taken where it is not known."""
+    for name in ("triton", "pytorch-triton-rocm", "triton-rocm"):
+        with contextlib.suppress(PackageNotFoundError):
+            return tuple(int(x) for x in version(name).split(".")[:2])
+    return _MIN_TRITON
+
+
+_TRITON = _triton_version()
 
 
 def unsupported_reasons(call: Call) -> list[str]:
@@ -30,6 +44,8 @@ def unsupported_reasons(call: Call) -> list[str]:
         reasons += missing_rows(target_of(query.device), query.dtype, query.shape[-1], pattern.rule.is_hashed)
     if not _HAS_TRITON:
         reasons.append("triton is not installed")
+    elif _TRITON < _MIN_TRITON:
+        reasons.append("triton is {}.{}, the kernels need {}.{} or newer".format(*_TRITON, *_MIN_TRITON))
     if query.dtype not in _DTYPES:
         reasons.append(f"the dtype is {query.dtype}, the kernels take float16, bfloat16 and float32")
     if query.shape[-1] > _MAX_HEAD_DIM:
