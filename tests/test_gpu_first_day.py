@@ -305,8 +305,9 @@ def plant_times(out, target="sm_90", head_dim=128, is_backward=True, ratio=0.9, 
     ("target", "head_dim", "is_backward", "dtype", "name", "shared"),
     [
         ("sm_90", 64, False, torch.bfloat16, "_HOPPER", []),
-        ("sm_90", 128, True, torch.bfloat16, "_BACKWARD_HOPPER", ["_BACKWARD_BLACKWELL", "_BACKWARD_AMPERE"]),
-        ("sm_100", 128, True, torch.float16, "_BACKWARD_BLACKWELL", ["_BACKWARD_HOPPER", "_BACKWARD_AMPERE"]),
+        ("sm_90", 64, True, torch.bfloat16, "_BACKWARD_HOPPER", ["_BACKWARD_BLACKWELL"]),
+        ("sm_100", 64, True, torch.float16, "_BACKWARD_BLACKWELL", ["_BACKWARD_HOPPER"]),
+        ("sm_90", 128, True, torch.bfloat16, "_BACKWARD_HOPPER", []),
         ("sm_90", 100, False, torch.float32, "_FLOAT32", []),
     ],
 )
