@@ -223,11 +223,11 @@ def test_a_file_of_other_columns_is_an_error(tmp_path):
 
 def test_summary():
     """The worst of each figure by kernel and GPU, over different variants."""
-    other_gpu = replace(GOOD, label=replace(GOOD.label, target="sm_80"))
+    other_gpu = replace(GOOD, label=replace(GOOD.label, target="sm_100"))
     rows = [GOOD, changed(GOOD, registers=40, spill_bytes=65, shared_bytes=1024), other_gpu]
     first, second = summarize(rows)
-    assert first == ("_lsg_fwd_kernel", "sm_80", 1, 255, 64, 99 * 1024, other_gpu.blocks_per_sm, 0)
-    assert second == ("_lsg_fwd_kernel", "sm_86", 2, 255, 65, 99 * 1024, GOOD.blocks_per_sm, 1)
+    assert first == ("_lsg_fwd_kernel", "sm_86", 2, 255, 65, 99 * 1024, GOOD.blocks_per_sm, 1)
+    assert second == ("_lsg_fwd_kernel", "sm_100", 1, 255, 64, 99 * 1024, other_gpu.blocks_per_sm, 0)
     assert GOOD.blocks_per_sm < rows[1].blocks_per_sm
 
 
