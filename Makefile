@@ -53,7 +53,7 @@ test-python-%:
 # The kernels' binaries for all GPUs, then what a tile costs in them.
 static: $(VENV)/ready
 	$(BIN)/python -m bench.static --csv bench/results/static.csv
-	$(BIN)/python -m bench.static.tiles --head-dim 64 128 --csv bench/results/tiles.csv
+	$(BIN)/python -m bench.static.tiles --csv bench/results/tiles.csv
 
 # The same of a subset with an older Triton.
 static-3.6: $(VENV)-triton-$(OLD_TRITON)/ready
