@@ -6,6 +6,8 @@ import pytest
 import torch
 from triton import knobs
 
+from bench.gpu.rehearsal import stop_after
+
 ON_A_GPU = torch.cuda.is_available()
 IS_REAL = bool(torch.version.cuda or torch.version.hip)  # otherwise ttsem stands in for a GPU
 
@@ -38,21 +40,4 @@ def _stop_compiling_at_what_runs(request, monkeypatch):
 
         stage, prepare = "ttgir", harness.ir_for_launch
         monkeypatch.setattr(harness, "ir_for_launch", lambda record, _, target: prepare(record, stage, target))
-    monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", partial(_stop_after, stage))
-
-
-def _stop_after(last, *arguments):
-    """Triton's hook. Without arguments it returns a cache key, else it may change the stages."""
-    if not arguments:
-        return f"{last} is last", f"{last} is last"
-    _, stages, *_ = arguments
-    names = list(stages)
-    for name in names[names.index(last) + 1 :]:
-        del stages[name]
-    stages["cubin"] = _no_binary
-    return None
-
-
-def _no_binary(module, metadata):
-    metadata.update(name="not compiled", shared=0)
-    return b""
+    monkeypatch.setattr(knobs.runtime, "add_stages_inspection_hook", partial(stop_after, stage))

@@ -1,6 +1,5 @@
 """The parts of the bench that need a GPU: its clock, its memory, and the tuning of schedules."""
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 
 from bench import peers, tune
 from bench.cases import BACKWARD, FORWARD, SIZES, Section, TimedCase
+from bench.gpu.rehearsal import Event
 from bench.measure import measure
 from bench.subject import check
 from lsg_attn import SPARSITY_TYPES, LSGPattern
@@ -16,19 +16,6 @@ from lsg_attn.fused.schedules import Schedule, Tuning
 
 IS_REAL = bool(torch.version.cuda or torch.version.hip)
 CASE = TimedCase("attention", "tiny", 96, pattern=LSGPattern(16, 16, 2), device="cuda")
-
-
-class Event:
-    """An event with the clock of the CPU, which ttsem lacks."""
-
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        self.at = time.perf_counter()
-
-    def elapsed_time(self, end):
-        return 1e3 * (end.at - self.at)
 
 
 @pytest.fixture(autouse=True)
