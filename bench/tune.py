@@ -34,7 +34,7 @@ from lsg_attn.fused.backward import allocate_gradients, plan_backward
 from lsg_attn.fused.forward import launch_forward, plan_forward
 from lsg_attn.fused.launch import Launch, run_on
 from lsg_attn.fused.results import Saved, allocate, restore, to_save
-from lsg_attn.fused.schedules import Schedule, Tuning, backward_schedule, forward_schedule, target_of
+from lsg_attn.fused.schedules import Schedule, Tuning, backward_schedule, forward_schedule, row_key, target_of
 from lsg_attn.testing import assert_close, make_inputs
 
 _ROWS, _WARPS, _STAGES = (16, 256), (4, 8), (1, 4)  # limits of rows and of stages; the warps to try
@@ -274,9 +274,8 @@ def plan_pass(
 
 def row_text(schedule: Schedule, head_dim: int, has_dropout: bool, comment: str) -> str:
     """A row to paste into ``lsg_attn/fused/schedules.py``."""
-    limit = next(limit for limit in (64, 128, 256) if head_dim <= limit)
     (m, n, (warps, stages)) = schedule
-    return f"    ({limit}, {has_dropout}): Schedule({m}, {n}, Tuning({warps}, {stages})),  # {comment}"
+    return f"    {row_key(head_dim, has_dropout)}: Schedule({m}, {n}, Tuning({warps}, {stages})),  # {comment}"
 
 
 def _print_measured(console: Console, trial: Trial, measured: Sequence[Measured]) -> None:

@@ -18,7 +18,7 @@ from bench.gpu.sections import BENCH, ENVIRONMENT, SANITIZER, SUMMARY, TESTS, TU
 from bench.record import Run, read, records
 from bench.tune import Recorded, best_of, from_record, row_text, why_best
 from lsg_attn.fused import schedules
-from lsg_attn.fused.schedules import Schedule
+from lsg_attn.fused.schedules import Schedule, row_key
 
 _OUTCOME = "(PASSED|FAILED|ERROR|SKIPPED)"
 # of one process, and of many; the summary at the end repeats failures in another form
@@ -176,7 +176,7 @@ def _change(tried: Sequence[Recorded], run: dict[str, Any]) -> list[str]:
     head_dim, has_dropout, is_float32 = problem.shape[3], problem.dropout_p > 0, problem.dtype == torch.float32
     kind = schedules._kind_of(target, is_float32)
     rows = kind.backward if problem.is_backward else kind.forward
-    key = next(limit for limit in (64, 128, 256) if head_dim <= limit), has_dropout
+    key = row_key(head_dim, has_dropout)
     name, *others = _names(rows, key)
     best = best_of(measured)
     what, where = f"{problem.describe()} on {target}", f"`{name}[{key}]`"

@@ -73,21 +73,17 @@ def count_around(code: Code, macs: int) -> int:
     heads = [loop.head for loop in through]
     # The fewest instructions up to and with a block, by the block and how many of the loops the way went through.
     cost = {(code.order[0], 0): _size(code.blocks, code.order[0], inside)}
+    place = {i: at for at, i in enumerate(code.order)}
     for i in code.order:
         for passed in range(len(heads) + 1):
             if (i, passed) in cost:
-                for j in _ahead(code, i):
+                # not by a branch back
+                for j in (j for j in code.blocks[i].following if place[j] > place[i]):
                     state = j, passed + (passed < len(heads) and j == heads[passed])
                     through_i = cost[i, passed] + _size(code.blocks, j, inside)
                     cost[state] = min(cost.get(state, through_i), through_i)
     ends = (i for i in code.order if not code.blocks[i].following)
     return min(cost[end, len(heads)] for end in ends if (end, len(heads)) in cost)
-
-
-def _ahead(code: Code, block: int) -> list[int]:
-    """The blocks that follow one, other than by a branch back."""
-    place = {i: at for at, i in enumerate(code.order)}
-    return [j for j in code.blocks[block].following if place[j] > place[block]]
 
 
 def _size(blocks: Sequence[Block], block: int, free: Container[int]) -> int:

@@ -15,8 +15,7 @@ import triton.language as tl
 
 from lsg_attn.fused.launch import Launch
 from lsg_attn.fused.schedules import Schedule
-
-_LN2 = tl.constexpr(0.6931471805599453)
+from lsg_attn.kernels.primitives import LN2, MIN_SCORE
 
 
 @triton.jit
@@ -41,7 +40,7 @@ def _flash_fwd_kernel(
     k_ptrs = _rows(k_ptr, k_strides, head, num_heads, zero, BLOCK_N, BLOCK_D)
     v_ptrs = _rows(v_ptr, v_strides, head, num_heads, zero, BLOCK_N, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    row_max, row_sum = tl.full((BLOCK_M,), -3.0e38, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
+    row_max, row_sum = tl.full((BLOCK_M,), MIN_SCORE, tl.float32), tl.zeros((BLOCK_M,), tl.float32)
     for _ in tl.range(0, length, BLOCK_N):
         k, v = tl.load(k_ptrs), tl.load(v_ptrs)
         scores = tl.dot(q, tl.trans(k))
@@ -55,7 +54,7 @@ def _flash_fwd_kernel(
         v_ptrs += BLOCK_N * v_strides[2]
     out_ptrs = _rows(out_ptr, out_strides, head, num_heads, row, BLOCK_M, BLOCK_D)
     tl.store(out_ptrs, (acc * (1.0 / row_sum)[:, None]).to(out_ptr.dtype.element_ty))
-    lse = (row_max * scale_log2 + tl.log2(row_sum)) * _LN2
+    lse = (row_max * scale_log2 + tl.log2(row_sum)) * LN2
     tl.store(lse_ptr + head.to(tl.int64) * length + row + tl.arange(0, BLOCK_M), lse)
 
 
@@ -90,7 +89,7 @@ def _flash_bwd_kernel(
             k_ptrs += BLOCK_N * k_strides[2]
             v_ptrs += BLOCK_N * v_strides[2]
         ptrs = _rows(dq_ptr, q_strides, head, num_heads, row, BLOCK_M, BLOCK_D)
-        tl.store(ptrs, (dq * (scale_log2 * _LN2)).to(dq_ptr.dtype.element_ty))
+        tl.store(ptrs, (dq * (scale_log2 * LN2)).to(dq_ptr.dtype.element_ty))
     else:
         k = tl.load(_rows(k_ptr, k_strides, head, num_heads, row, BLOCK_M, BLOCK_D))
         v = tl.load(_rows(v_ptr, v_strides, head, num_heads, row, BLOCK_M, BLOCK_D))
@@ -108,7 +107,7 @@ def _flash_bwd_kernel(
             q_ptrs += BLOCK_N * q_strides[2]
             dout_ptrs += BLOCK_N * out_strides[2]
         ptrs = _rows(dk_ptr, k_strides, head, num_heads, row, BLOCK_M, BLOCK_D)
-        tl.store(ptrs, (dk * (scale_log2 * _LN2)).to(dk_ptr.dtype.element_ty))
+        tl.store(ptrs, (dk * (scale_log2 * LN2)).to(dk_ptr.dtype.element_ty))
         ptrs = _rows(dv_ptr, v_strides, head, num_heads, row, BLOCK_M, BLOCK_D)
         tl.store(ptrs, dv.to(dv_ptr.dtype.element_ty))
 

@@ -14,7 +14,7 @@ from .compress import directions_of, plan_compression
 from .launch import COMBINED, Launch, attention_arguments, run_on, split_globals
 from .results import Results, allocate
 from .schedules import COMBINE, Schedule, forward_schedule, hides_by_branch, target_of
-from .variant import variant_of
+from .variant import Variant, variant_of
 
 
 def launch_forward(call: Call) -> Results:
@@ -29,18 +29,20 @@ def plan_forward(call: Call, results: Results, target: str, schedule: Schedule |
 
     ``schedule``: of the attention kernel, for a tool that tries others than the table's.
     """
-    query, has_dropout = call.query, variant_of(call).has_dropout
+    query, variant = call.query, variant_of(call)
     if schedule is None:
-        schedule = forward_schedule(target, query.dtype, query.shape[3], call.pattern.block_size, has_dropout)
+        schedule = forward_schedule(target, query.dtype, query.shape[3], call.pattern.block_size, variant.has_dropout)
     launches = (
         *plan_compression(call, results, target, directions_of(call)),
-        *_plan_attention(call, results, target, schedule),
+        *_plan_attention(call, results, variant, target, schedule),
     )
     return [launch for launch in launches if launch.programs]
 
 
-def _plan_attention(call: Call, results: Results, target: str, schedule: Schedule) -> list[Launch]:
-    query, pattern, variant = call.query, call.pattern, variant_of(call)
+def _plan_attention(
+    call: Call, results: Results, variant: Variant, target: str, schedule: Schedule
+) -> list[Launch]:  # fmt: skip
+    query, pattern = call.query, call.pattern
     batch, heads, length, head_dim = query.shape
     num_globals = pattern.num_global_tokens
     split = split_globals(call, schedule.block_m)

@@ -84,8 +84,6 @@ _FLOAT32_AMD = _FLOAT32 | {
     (128, False): Schedule(32, 32, Tuning(4, 2)),  # 8 warps of 64 lanes spill 172 bytes with dropout
     (128, True): Schedule(32, 32, Tuning(4, 2)),
 }
-
-
 _FLOAT32_RDNA = {
     (64, False): Schedule(16, 32, Tuning(8, 1)),  # 32 rows spill 304 bytes
     (64, True): Schedule(16, 16, Tuning(8, 1)),
@@ -140,8 +138,6 @@ _BACKWARD_FLOAT32_AMD = _BACKWARD_AMD | {
     (128, False): Schedule(32, 16, Tuning(4, 2)),
     (128, True): Schedule(32, 16, Tuning(4, 2)),
 }
-
-
 _BACKWARD_RDNA = {
     (64, False): Schedule(32, 16, Tuning(4, 1)),  # 32 of the other side spill 208 bytes
     (64, True): Schedule(32, 16, Tuning(4, 1)),
@@ -180,6 +176,11 @@ def missing_rows(target: str, dtype: torch.dtype, head_dim: int, is_hashed: bool
     return missing
 
 
+def row_key(head_dim: int, has_dropout: bool) -> tuple[int, bool]:
+    """The key that the row for a head_dim has in the tables."""
+    return next(limit for limit in (64, 128, 256) if head_dim <= limit), has_dropout
+
+
 def forward_schedule(target: str, dtype: torch.dtype, head_dim: int, block_size: int, has_dropout: bool) -> Schedule:
     """The tile sizes of the attention kernel.
 
@@ -187,7 +188,7 @@ def forward_schedule(target: str, dtype: torch.dtype, head_dim: int, block_size:
     them all.
     """
     rows = _kind_of(target, dtype == torch.float32).forward
-    schedule = rows[next(limit for limit in (64, 128, 256) if head_dim <= limit), has_dropout]
+    schedule = rows[row_key(head_dim, has_dropout)]
     while schedule.block_m > 64 and schedule.block_m > block_size:
         schedule = schedule._replace(block_m=schedule.block_m // 2)
     return schedule
@@ -196,7 +197,7 @@ def forward_schedule(target: str, dtype: torch.dtype, head_dim: int, block_size:
 def backward_schedule(target: str, dtype: torch.dtype, head_dim: int, has_dropout: bool) -> Schedule:
     """The tile sizes of the backward: ``block_m`` queries or keys with gradients, ``block_n`` of the other side."""
     rows = _kind_of(target, dtype == torch.float32).backward
-    return rows[next(limit for limit in (64, 128, 256) if head_dim <= limit), has_dropout]
+    return rows[row_key(head_dim, has_dropout)]
 
 
 def hides_by_branch(target: str, dtype: torch.dtype) -> bool:
