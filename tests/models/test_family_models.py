@@ -1,5 +1,6 @@
 """The models of all families behave like transformers' own: inputs, outputs, heads, training, causal models."""
 
+import copy
 import pickle
 import warnings
 
@@ -137,7 +138,8 @@ def test_every_head_trains_and_reloads(family, tmp_path):
             warnings.simplefilter("error")
             again = load(tmp_path / cls.__name__, cls)
         with torch.no_grad():
-            for other in (again, pickle.loads(pickle.dumps(again))):
+            # Copies: weights mapped from a file may not be aligned, and some CPUs' matmul then rounds differently.
+            for other in (copy.deepcopy(again), pickle.loads(pickle.dumps(again))):
                 assert torch.equal(other(**inputs)[0], model(**inputs)[0])
 
 

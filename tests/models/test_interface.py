@@ -1,5 +1,7 @@
 """attn_implementation="lsg" in plain encoders: equal to dense masks, and refused where it would be wrong."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -113,7 +115,8 @@ def test_gradients_and_saved_pattern(tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModel.from_pretrained(tmp_path, attn_implementation="lsg").eval()
     with torch.no_grad():
-        assert torch.equal(again(ids, mask)[0], model(ids, mask)[0])
+        # A copy: weights mapped from a file may not be aligned to vectors, which changes how some CPUs' matmul rounds.
+        assert torch.equal(copy.deepcopy(again)(ids, mask)[0], model(ids, mask)[0])
         assert not torch.allclose(AutoModel.from_pretrained(tmp_path)(ids, mask)[0], model(ids, mask)[0], atol=1e-3)
 
 
