@@ -39,6 +39,7 @@ from .windows import (
     key_columns,
     tokens_that_see_slots,
     tokens_that_see_tokens,
+    uniform,
 )
 
 
@@ -113,7 +114,7 @@ def _add_dkv(
     offs_n = keys.start + tl.arange(0, keys.k.shape[0])
     offs_m, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, keys.k.shape[1])
     near_tiles, tiles = num_tiles(near, far, BLOCK_N)
-    for i in tl.range(0, tiles):
+    for i in tl.range(0, uniform(tiles)):
         start, stop, _ = tile_of(i, near_tiles, near, far, BLOCK_N)
         draws = draws_of(source.generator, FIRST_GROUP + start // 4, BLOCK_N)
         tile = _load_queries(FIRST + start, offs_m, offs_m < stop - start, queries, FIRST_SUM + start, draws, offs_d, V)
@@ -190,11 +191,27 @@ def _dkv_of_globals(
 
 
 @triton.jit
+def _dk_of_weights(first_row, dscore_ptr, queries, head, num_tokens, V, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What the first token's query, whose scores weight the tokens of a slot, gives to dk; 0 without such scores."""
+    dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if dscore_ptr is not None:
+        offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+        ptrs = dscore_ptr + head.flat * num_tokens + first_row + offs_m
+        dscore = tl.load(ptrs, mask=offs_m < num_tokens - first_row, other=0.0)
+        query = tl.load(one_row(queries.q, V.num_globals, offs_d), mask=offs_d < V.head_dim, other=0.0)
+        dk += dscore[:, None] * query.to(tl.float32)[None, :]
+    return dk
+
+
+@triton.jit
 def _dkv_of_tokens(
-    first_row, queries, source,
+    dk, first_row, queries, source,
     V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the keys and values of BLOCK_M tokens from queries that see them as they are."""
+    """The gradients of the keys and values of BLOCK_M tokens from queries that see them as they are.
+
+    dk: what else the keys have, (BLOCK_M, BLOCK_D), without the scale of scores.
+    """
     G: tl.constexpr = V.num_globals
     WINDOWED: tl.constexpr = V.block % BLOCK_M != 0 or V.block % BLOCK_N != 0
     num_tokens, first = source.num_tokens, G + first_row
@@ -202,7 +219,7 @@ def _dkv_of_tokens(
     inside = offs_n < num_tokens - first_row
     kept = is_kept(source.mask, first, offs_n, inside, V)
     keys = _load_keys(first, first, offs_n, inside, kept, source.tokens, offs_d, V)
-    dk, dv, none = tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M, BLOCK_D), tl.float32), Range(0, 0)
+    dv, none = tl.zeros((BLOCK_M, BLOCK_D), tl.float32), Range(0, 0)
     # 1. The global queries.
     if G > 0:
         BLOCK_GLOBALS: tl.constexpr = BLOCK_G if BLOCK_G < BLOCK_N else BLOCK_N
@@ -241,7 +258,7 @@ def _lsg_bwd_slots_kernel(
     SPARSITY: tl.constexpr = V.sparsity
     WINDOWED: tl.constexpr = V.step % BLOCK_M != 0 or V.reach % V.step != 0 or V.block % BLOCK_N != 0
     offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    places = find_keys(first_slot, offs_n, num_slots, source, SPARSITY, V)
+    places = find_keys(first_slot, offs_n, source.num_slots, source, SPARSITY, V)
     visible = are_visible(places, first_slot, offs_n, source, SPARSITY, V)
     keys = _load_keys(first_slot, places.first, places.rows, places.readable, visible, source.slots, offs_d, V)
     # 3. The queries to their right and left, unless none of these slots is visible.
@@ -299,7 +316,8 @@ def _lsg_bwd_dq_dkv_kernel(
             store_rows(rows, G + row, offs_m, inside, offs_d, dq, V.head_dim)
         else:
             # 3. Keys and values of tokens: as they are, and as part of slots.
-            dk, dv = _dkv_of_tokens(row, queries, source, V, BLOCK_M, BLOCK_N, BLOCK_G, BLOCK_D)
+            dk = _dk_of_weights(row, dscore_ptr, queries, head, num_tokens, V, BLOCK_M, BLOCK_D)
+            dk, dv = _dkv_of_tokens(dk, row, queries, source, V, BLOCK_M, BLOCK_N, BLOCK_G, BLOCK_D)
             if V.sparsity != "none":
                 dslots = head_keys(dslot_k_ptr, slot_strides, dslot_v_ptr, slot_strides, head, V.is_wide)
                 if V.sparsity == "compressed":
@@ -307,10 +325,6 @@ def _lsg_bwd_dq_dkv_kernel(
                 if slot_ptr is not None:
                     slot_ptr += head.flat * num_tokens
                 dk, dv = add_slots(dk, dv, row, source, dslots, weight_ptr, slot_ptr, V, BLOCK_M, BLOCK_D)
-            if dscore_ptr is not None:
-                dscore = tl.load(dscore_ptr + head.flat * num_tokens + row + offs_m, mask=inside, other=0.0)
-                query = tl.load(one_row(queries.q, G, offs_d), mask=offs_d < V.head_dim, other=0.0)
-                dk += dscore[:, None] * query.to(tl.float32)[None, :]
             keys = head_keys(dk_ptr, dk_strides, dv_ptr, dv_strides, head, V.is_wide)
             store_keys(keys, G + row, offs_m, inside, offs_d, dk, dv, V.head_dim)
     elif G > 0:

@@ -48,7 +48,7 @@ class Source(NamedTuple):
         index_ptr: the head's slots in ``index`` (batch, heads, slots) int32, which not every sparsity has: a slot's
             token for "indexed"; below 0 for a slot that is not kept.
         head: the head's number in its batch entry.
-        num_tokens, num_slots: how many tokens and slots the head has.
+        num_tokens, num_slots: how many tokens and slots the head has, without slots that lie past the sequence.
         generator: the Generator of dropout.
         scale_log2, kept_scale: factors of scores, as exponents of two, and of the probabilities that dropout keeps.
     """
@@ -125,8 +125,21 @@ def locate_source(
     index_ptr = _index_of(index_ptr, head, num_slots, V)
     generator = generator_of(seed, threshold, head.flat, num_tokens, num_slots, V)
     return Source(
-        tokens, slots, mask, index_ptr, head.index, num_tokens, num_slots, generator, scale_log2, kept_scale
+        tokens, slots, mask, index_ptr, head.index, num_tokens, _slots_with_token(num_slots, num_tokens, head, V),
+        generator, scale_log2, kept_scale,
     )  # fmt: skip
+
+
+@triton.jit
+def _slots_with_token(num_slots, num_tokens, head, V: tl.constexpr):
+    """The number of a head's slots, without those of ``stride`` and ``block_stride`` that lie past the sequence."""
+    if V.sparsity == "stride":
+        return tl.cdiv(num_tokens - head.index % V.factor, V.factor)
+    elif V.sparsity == "block_stride":
+        rest = num_tokens % V.block - head.index % V.factor * V.step
+        return num_tokens // V.block * V.step + tl.minimum(tl.maximum(rest, 0), V.step)
+    else:
+        return num_slots
 
 
 @triton.jit

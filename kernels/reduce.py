@@ -46,8 +46,8 @@ def _lsg_bwd_weights_kernel(
     They are w (dw - the slot's sum of w dw), dw = dslot_k k + dslot_v v. As the slot's rows are the sums of w k and
     w v, that is w (dslot_k (k - its key) + dslot_v (v - its value)).
 
-    Grid: batch * heads * cdiv(num_tokens, BLOCK_M). Writes ``dscore`` (batch, heads, T) float32, with the scores' scale
-    in it, and what these tokens give to the query, ``bos_part`` (batch * heads, cdiv(num_tokens, BLOCK_M), head_dim).
+    Grid: batch * heads * cdiv(num_tokens, BLOCK_M). Writes ``dscore`` (batch, heads, T) float32, without the scores'
+    scale, and what these tokens give to the query, ``bos_part`` (batch * heads, cdiv(num_tokens, BLOCK_M), head_dim).
     """
     tiles = tl.cdiv(num_tokens, BLOCK_M)
     head, tile = locate_head(tiles, num_heads)
@@ -69,10 +69,11 @@ def _lsg_bwd_weights_kernel(
     excess += tl.sum(dslot_v * (v - sparse_v), 1)
     # 2. The scores' gradients, and the query's.
     weight = tl.load(weight_ptr + head.flat * num_tokens + offs_n, mask=kept, other=0.0)
-    dscore = excess * weight * (scale_log2 * LN2)
+    dscore = excess * weight
     tl.store(dscore_ptr + head.flat * num_tokens + offs_n, dscore, mask=inside)
     bos_part_ptr += (head.flat * tiles + tile) * V.head_dim
-    tl.store(bos_part_ptr + offs_d, tl.sum(dscore[:, None] * k, 0), mask=offs_d < V.head_dim)
+    bos_part = tl.sum(dscore[:, None] * k, 0) * (scale_log2 * LN2)
+    tl.store(bos_part_ptr + offs_d, bos_part, mask=offs_d < V.head_dim)
 
 
 @triton.jit

@@ -12,6 +12,7 @@ from .heads import Keys
 from .primitives import load_rows
 from .windows import (
     KeyRange,
+    aligned,
     find_keys,
     global_keys,
     in_windows,
@@ -71,6 +72,7 @@ def _walk(
     """
     rows_of = source.tokens if KIND == "token" else source.slots
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, tile.q.shape[1])
+    near, far = aligned(near, KIND, V, BLOCK_N), aligned(far, KIND, V, BLOCK_N)
     near_tiles, tiles = num_tiles(near, far, BLOCK_N)
     for i in tl.range(0, tiles):
         start, stop, is_near = tile_of(i, near_tiles, near, far, BLOCK_N)

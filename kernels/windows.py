@@ -38,6 +38,12 @@ class Places(NamedTuple):
 
 
 @triton.jit
+def are_consecutive(KIND: tl.constexpr, V: tl.constexpr, TILE: tl.constexpr):
+    """Whether the slots of a tile are a run of tokens: of ``block_stride``, from a multiple of TILE on."""
+    return KIND == "block_stride" and V.step % TILE == 0 and V.reach % TILE == 0
+
+
+@triton.jit
 def find_keys(start, offs_n, stop, source, KIND: tl.constexpr, V: tl.constexpr):
     """The Places of keys ``offs_n`` after ``start``, of which those from ``stop`` on cannot be read."""
     inside = offs_n < stop - start
@@ -47,12 +53,14 @@ def find_keys(start, offs_n, stop, source, KIND: tl.constexpr, V: tl.constexpr):
         tokens = tl.load(source.index_ptr + start + offs_n, mask=inside, other=-1)
         return Places(V.num_globals, tokens, tokens >= 0)
     elif KIND == "stride":
-        first, tokens = start * V.factor + source.head % V.factor, offs_n * V.factor
-        return Places(V.num_globals + first, tokens, inside & (tokens < source.num_tokens - first))
+        return Places(V.num_globals + start * V.factor + source.head % V.factor, offs_n * V.factor, inside)
+    elif are_consecutive(KIND, V, offs_n.shape[0]):
+        first = start + start // V.step * (V.block - V.step) + source.head % V.factor * V.step
+        return Places(V.num_globals + first, offs_n, inside)
     else:  # block_stride
         slots = start + offs_n
-        tokens = slots // V.step * V.block + (source.head * V.step + slots % V.step) % V.block
-        return Places(V.num_globals, tokens, inside & (tokens < source.num_tokens))
+        tokens = slots // V.step * V.block + source.head % V.factor * V.step + slots % V.step
+        return Places(V.num_globals, tokens, inside)
 
 
 @triton.jit
@@ -78,7 +86,7 @@ def _join(first, last, count, other_first, other_last, other_count):
 
 
 @triton.jit
-def _uniform(x):
+def uniform(x):
     """An int32 that is the same in all threads, known as such to the compiler.
 
     A warp's maximum is: ptxas keeps it in a uniform register, and so the counter of a loop that it bounds.
@@ -89,7 +97,7 @@ def _uniform(x):
 @triton.jit
 def any_of(visible):
     """Whether some of the keys are visible."""
-    return _uniform(tl.max(visible.to(tl.int32), 0)) > 0
+    return uniform(tl.max(visible.to(tl.int32), 0)) > 0
 
 
 @triton.jit
@@ -97,7 +105,7 @@ def trim(start, stop, source, KIND: tl.constexpr, V: tl.constexpr):
     """Keys [start, stop) from the first visible one to the last, and whether some between them are not visible.
 
     So tiles of padding at either end are never read, and nearly always the others need no look at the mask. Without a
-    mask only the slots of the last tokens, too few for a block or a chunk, can be missing, and those of lsh.
+    mask only the slots of the last tokens, too few for a chunk, can be missing, and those of lsh.
     """
     if V.has_mask or KIND == "compressed":
         offs_n = tl.arange(0, _SCAN)
@@ -108,14 +116,22 @@ def trim(start, stop, source, KIND: tl.constexpr, V: tl.constexpr):
             last = tl.maximum(last, tl.where(visible, at + offs_n + 1, 0))
             count += visible.to(tl.int32)
         first, last, count = tl.reduce((first, last, count), 0, _join)
-        first, last = _uniform(first), _uniform(last)
-        return KeyRange(first, last, _uniform(count) < last - first)
+        first, last = uniform(first), uniform(last)
+        return KeyRange(first, last, uniform(count) < last - first)
     elif KIND == "indexed":
         return KeyRange(start, stop, stop > source.num_tokens // V.chunk * (V.chunk // V.factor))
-    elif KIND == "token":
-        return KeyRange(start, stop, False)
-    else:  # stride, block_stride
-        return KeyRange(start, stop, stop > source.num_tokens // V.block * V.step)
+    else:
+        return KeyRange(uniform(start), uniform(stop), False)
+
+
+@triton.jit
+def aligned(keys, KIND: tl.constexpr, V: tl.constexpr, TILE: tl.constexpr):
+    """The KeyRange, from a multiple of TILE on where that makes the keys of a tile consecutive: only trim moved it."""
+    if V.has_mask and are_consecutive(KIND, V, TILE):
+        start = keys.start // TILE * TILE
+        return KeyRange(start, keys.stop, keys.has_gaps | (start < keys.start))
+    else:
+        return keys
 
 
 @triton.jit

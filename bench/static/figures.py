@@ -77,17 +77,22 @@ def _read_cubin(kernel: Any, log: str) -> Figures:
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     if not spills:
         raise RuntimeError("ptxas did not report spills")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _run("cuobjdump", "-res-usage", file.name)))
-        text = _run("nvdisasm", "-c", file.name)
+    cubin = kernel.asm["cubin"]
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", print_cubin(cubin, "cuobjdump", "-res-usage")))
     return Figures(
         registers=int(usage["REG"]),
         stack=int(usage["STACK"]) + int(usage["LOCAL"]),
         spill_bytes=sum(map(int, spills)),
-        **_common_fields(kernel, text),
+        **_common_fields(kernel, print_cubin(cubin, "nvdisasm", "-c")),
     )
+
+
+def print_cubin(cubin: bytes, tool: str, *options: str) -> str:
+    """What a tool of the triton wheel prints of a cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([_TOOLS / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def _read_amdgcn(kernel: Any) -> Figures:
@@ -113,7 +118,3 @@ def _common_fields(kernel: Any, text: str) -> dict[str, int]:
         "async_copies": len(_ASYNC_COPY.findall(text)),
         "float_atomics": len(_FLOAT_ATOMIC.findall(text)),
     }
-
-
-def _run(tool: str, *arguments: str) -> str:
-    return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
-import triton
-
-_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+from bench.static.figures import print_cubin
 
 # An instruction has two lines: its text and low word, then the high word, which has the control bits.
 _LINE = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ +)?([A-Z]\S*)\s*(.*?)\s*;?\s*/\* 0x[0-9a-f]{16} \*/")
@@ -73,11 +68,7 @@ def code_of(blocks: Sequence[Block]) -> Code:
 
 def _disassemble(cubin: bytes) -> tuple[list[Instruction], dict[str, int]]:
     """The instructions, and of each label the number of the instruction that it stands before."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(_TOOLS / "nvdisasm"), "-c", "-hex", file.name]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = print_cubin(cubin, "nvdisasm", "-c", "-hex").splitlines()
     instructions: list[Instruction] = []
     labels = {}
     for line, following in pairwise([*lines, ""]):

@@ -111,10 +111,7 @@ class TileCost:
     @property
     def is_too_long(self) -> bool:
         """Whether the loop has more instructions than is allowed."""
-        limit = LIMITS.get((self.target, self.step, self.keys), math.inf)
-        if (self.sparsity_type, self.step, self.keys) == ("block_stride", "dq", "slots"):
-            limit += 0.15  # the place of each slot takes divisions, and a tile of dq is short: 1.37 on sm_90
-        return self.ratio > limit
+        return self.ratio > LIMITS.get((self.target, self.step, self.keys), math.inf)
 
 
 def costs_of(target: str, head_dim: int, sparsity_type: str, has_mask: bool) -> list[TileCost]:
