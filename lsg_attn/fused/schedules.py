@@ -110,7 +110,6 @@ _BACKWARD_AMPERE = _BACKWARD_HOPPER | {
     (128, True): Schedule(32, 64, Tuning(4, 2)),
 }
 _BACKWARD_SMALL_BLACKWELL = _BACKWARD_AMPERE | {
-    (64, False): Schedule(32, 32, Tuning(4, 2)),  # 64 rows spill 116 bytes
     (128, True): Schedule(32, 32, Tuning(4, 2)),  # 64 rows spill 68 bytes
 }
 _BACKWARD_AMD = {
