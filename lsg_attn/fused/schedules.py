@@ -54,6 +54,7 @@ _AMPERE = _BLACKWELL | {
 }
 _SMALL = _AMPERE | {  # 99 KB of shared memory in a block
     (64, True): Schedule(64, 32, Tuning(4, 2)),
+    (128, False): Schedule(128, 32, Tuning(8, 2)),  # 64 keys spill 72 bytes
     (128, True): Schedule(64, 32, Tuning(4, 2)),
 }
 _SMALL_BLACKWELL = _SMALL | {
