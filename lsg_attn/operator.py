@@ -60,14 +60,14 @@ def _call(
 
 
 def _attention(*arguments: Any) -> list[Tensor]:
-    """The operator: on a GPU the kernels, returning what is ``Saved``; on a CPU the block-wise code, returning out."""
+    """The operator: on a GPU the kernels, returning what is ``Saved``; on a CPU the block-wise code, out and lse."""
     call = _call(*arguments)
     if call.query.is_cuda:
         from .fused.forward import launch_forward  # here, as importing lsg_attn does not import triton
 
         return list(to_save(call, launch_forward(call)))
     with torch.autocast(call.query.device.type, enabled=False):
-        return [blockwise_forward(call)]
+        return list(blockwise_forward(call))
 
 
 def _attention_backward(dout: Tensor, results: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,14 +78,17 @@ def _attention_backward(dout: Tensor, results: list[Tensor], *arguments: Any) ->
 
         return launch_backward(call, Saved(*results), dout)
     with torch.autocast(call.query.device.type, enabled=False):
-        return blockwise_backward(call, dout)
+        return blockwise_backward(call, results[1], dout)
 
 
 def _attention_fake(*arguments: Any) -> list[Tensor]:
     """Shapes, dtypes and strides of what the operator returns."""
     call = _call(*arguments)
     results = list(to_save(call, allocate(call)))
-    return results if call.query.is_cuda else results[:1]
+    if call.query.is_cuda:
+        return results
+    out, lse, _ = results
+    return [out, lse.to(torch.promote_types(call.query.dtype, torch.float32))]
 
 
 def _attention_backward_fake(

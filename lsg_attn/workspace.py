@@ -13,7 +13,7 @@ class Workspace:
 
     def __init__(self, like: Tensor, dtype: torch.dtype | None = None) -> None:
         """Memory on the device of ``like``, of its dtype unless another is given."""
-        self._like, self._dtype = like, dtype or like.dtype
+        self._like, self.dtype = like, dtype or like.dtype
         self._memory: dict[str, Tensor] = {}
 
     def empty(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -23,7 +23,7 @@ class Workspace:
         """
         size = math.prod(shape)
         if name not in self._memory or self._memory[name].numel() < size:
-            self._memory[name] = self._like.new_empty(size, dtype=dtype or self._dtype)
+            self._memory[name] = self._like.new_empty(size, dtype=dtype or self.dtype)
         return self._memory[name][:size].view(shape)
 
     def matmul(self, name: str, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:

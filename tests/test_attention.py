@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from strategies import AWKWARD_SHAPES, HEADS, IMPLEMENTATIONS, cases
 
 from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
-from lsg_attn.testing import PADDINGS, Inputs, assert_close, make_inputs, relative_rms, run_attention, run_reference
+from lsg_attn.testing import (
+    PADDINGS,
+    TOLERANCES,
+    Inputs,
+    assert_close,
+    make_inputs,
+    relative_rms,
+    run_attention,
+    run_reference,
+)
 
 F64 = torch.float64
 HEAD_DIM = 5
@@ -259,6 +268,22 @@ def test_large_scores_lose_no_more_than_in_the_plain_computation(dtype, sparsity
     got = run_attention(inputs, pattern, implementation="torch")
     for name, x in expected.items():
         assert_close(name, got[name] * rows, x * rows, 1.5 * relative_rms(plain[name] * rows, x * rows))
+
+
+@pytest.mark.parametrize("offset", [-300.0, 0.0, 300.0])
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+def test_scores_of_any_size(dtype, offset):
+    """A row's powers of two overflow, or all are 0, unless its maximum is subtracted. Some rows see nothing."""
+    pattern = LSGPattern(8, 8, 2, "pooling", num_global_tokens=3)
+    inputs = make_inputs(2, 2, 3 + 77, 4, dtype, "right")
+    inputs.attention_mask[1] = False
+    inputs.query[..., 0], inputs.key[..., 0] = offset, 1.0  # scores are offset / 2 and more, or less
+    expected, rows = run_reference(inputs, pattern), inputs.attention_mask[:, None, :, None]
+    plain, got = (run_attention(inputs, pattern, implementation=name) for name in ("reference", "torch"))
+    for name, x in expected.items():
+        assert got[name].isfinite().all()
+        error = relative_rms(plain[name] * rows, x * rows)
+        assert_close(name, got[name] * rows, x * rows, max(2 * error, TOLERANCES[dtype]))
 
 
 @each_implementation

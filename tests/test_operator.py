@@ -6,12 +6,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lsg_attn import SPARSITY_TYPES, LSGAttention, LSGPattern, lsg_attention
 from lsg_attn.call import Call
+from lsg_attn.compression import compress_call
 from lsg_attn.functional import _choose
 from lsg_attn.fused.limits import unsupported_reasons
 from lsg_attn.fused.results import allocate, to_save
 from lsg_attn.fused.schedules import missing_rows
 from lsg_attn.fused.variant import variant_of
 from lsg_attn.operator import _arguments, _call
+from lsg_attn.reference import visible_slots, visible_tokens
 from lsg_attn.testing import Inputs, assert_close, make_inputs, run_reference
 
 operator = torch.ops.lsg_attn.attention
@@ -143,16 +145,30 @@ def test_operator_passes_opcheck(sparsity_type, dropout_p):
 def test_operator_is_block_wise_attention_on_a_cpu(sparsity_type):
     pattern = LSGPattern(16, 16, 4, sparsity_type, 3)
     query, key, value, mask, *rest = arguments(pattern)
-    (out,) = operator(query, key, value, mask, *rest)
+    out, _ = operator(query, key, value, mask, *rest)
     assert torch.equal(out, lsg_attention(query, key, value, pattern, mask, scale=0.3, implementation="torch"))
 
 
+def log_sum_exp(call):
+    """The log-sum-exp (batch, heads, G+T) of each query's scores, all of which are computed."""
+    first, length = call.pattern.num_global_tokens, call.query.shape[2]
+    key, visible = call.key, visible_tokens(call.pattern, length) & call.keep()[:, None, None]
+    if (compression := compress_call(call)) is not None:
+        key = torch.cat([key, compression.apply(key[:, :, first:])], 2)
+        slots = visible_slots(call.pattern, length) & compression.keep[:, :, None]
+        visible = torch.cat([visible.expand(*slots.shape[:3], -1), slots], 3)
+    return (call.query @ key.mT * call.scale).masked_fill(~visible, -torch.inf).logsumexp(-1)
+
+
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
-def test_operator_has_the_gradients_of_the_reference(sparsity_type):
+def test_operator_has_the_gradients_and_the_log_sum_exp_of_the_reference(sparsity_type):
     pattern = LSGPattern(16, 16, 4, sparsity_type, 3)
     query, key, value, dout, mask = make_inputs(2, 4, 3 + 90, 8, padding="random", num_kept=4)
+    mask[1] = False
     leaves = [x.requires_grad_() for x in (query, key, value)]
-    (out,) = operator(*_arguments(call_of(*leaves, pattern, mask, scale=8**-0.5)))
+    out, lse = operator(*_arguments(call_of(*leaves, pattern, mask, scale=8**-0.5)))
+    assert_close("lse", lse[0], log_sum_exp(call_of(query, key, value, pattern, mask, scale=8**-0.5))[0])
+    assert (lse[1] == torch.inf).all()
     expected = run_reference(Inputs(query, key, value, dout, mask), pattern)
     for name, got in zip(("dquery", "dkey", "dvalue"), torch.autograd.grad(out, leaves, dout), strict=True):
         assert_close(name, got, expected[name])
@@ -181,7 +197,7 @@ def test_operator_drops_the_same_with_other_threads():
 
     def attend(*qkv):
         pattern = LSGPattern(16, num_global_tokens=3)
-        (out,) = operator(*_arguments(call_of(*qkv, pattern, dropout_p=0.5, scale=0.3, seed=7)))
+        out, _ = operator(*_arguments(call_of(*qkv, pattern, dropout_p=0.5, scale=0.3, seed=7)))
         torch.set_num_threads(threads + 1)
         return out
 
@@ -233,7 +249,7 @@ def test_autocast_does_not_change_the_dtype():
     pattern = LSGPattern(16, num_global_tokens=3)
     query, key, value, mask, *rest = arguments(pattern)
     with torch.autocast("cpu", torch.bfloat16):
-        (out,) = operator(query, key, value, mask, *rest)
+        out, _ = operator(query, key, value, mask, *rest)
     assert torch.equal(out, operator(query, key, value, mask, *rest)[0])
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 from strategies import HEADS, cases
 
 from lsg_attn import LSGPattern
@@ -60,33 +61,38 @@ def test_compressed_keys_of_a_block_come_from_that_block(case):
     assert (block_of_slot == block_of_token)[compression.weight > 0].all()
 
 
-@given(cases(causal=None))
-def test_tiles_gather_what_the_reference_sees(case):
-    """Rows hold the number of their key. The visible rows of a block are the keys that its queries see, each once."""
-    pattern, length, _ = case
-    layout, num_slots = Layout(pattern, length), pattern.num_slots(length - pattern.num_global_tokens)
-    rows = torch.full((1, layout.num_rows, 1), -1.0)
-    rows[0, layout.sequence, 0] = torch.arange(length, dtype=torch.float32)
-    rows[0, layout.slots, 0] = torch.arange(length, length + num_slots, dtype=torch.float32)
-    window = layout.gather(rows, 0, torch.empty(1, layout.num_blocks, layout.window, 1))[0, :, :, 0]
-    visible = layout.visible(rows[:, :, 0] >= 0)[0]
-    expected = torch.cat([visible_tokens(pattern, length), visible_slots(pattern, length)], dim=1)
-    for block in range(layout.num_blocks):
-        got = window[block][visible[block]].long().sort().values
-        query = pattern.num_global_tokens + block * pattern.block_size
-        assert torch.equal(got, expected[query : query + pattern.block_size].any(0).nonzero().flatten())
-
-
-@given(cases(causal=None))
-def test_scatter_add_is_the_transpose_of_gather(case):
+@given(cases(causal=None), st.integers(1, 5))
+def test_windows_have_what_the_reference_sees(case, step):
+    """Rows hold the number of their key. The window of a block has the keys that its queries see, each once."""
     pattern, length, _ = case
     layout = Layout(pattern, length)
-    rows = torch.randn(2, layout.num_rows, 3, dtype=torch.float64)
-    src = torch.randn(2, layout.num_blocks, layout.window, 3, dtype=torch.float64)
-    into = torch.zeros_like(rows)
-    layout.scatter_add(into, 0, src)
-    gathered = layout.gather(rows, 0, torch.empty_like(src))
-    torch.testing.assert_close((gathered * src).sum(), (rows * into).sum())
+    rows = torch.arange(length + layout.num_slots)[None, :, None]
+    sources = {"sequence": rows[:, :length], "slots": rows[:, length:]}
+    expected = torch.cat([visible_tokens(pattern, length), visible_slots(pattern, length)], dim=1)
+    blocks = 0
+    for first, stop in layout.spans(step):
+        assert first == blocks < stop <= first + step
+        blocks, windows = stop, layout.windows(first, stop)
+        got = windows.gather(sources, rows.new_empty(1, stop - first, windows.size, 1))[0, :, :, 0]
+        for block in range(first, stop):
+            start, end = layout.queries(block, block + 1)
+            assert torch.equal(got[block - first].sort().values, expected[start:end].any(0).nonzero().flatten())
+    assert blocks == layout.num_blocks
+
+
+@given(cases(causal=None), st.integers(1, 5))
+def test_scatter_add_is_the_transpose_of_gather(case, step):
+    pattern, length, _ = case
+    layout = Layout(pattern, length)
+    for first, stop in layout.spans(step):
+        sizes = {"sequence": length, "slots": layout.num_slots}
+        rows = {name: torch.randn(2, size, 3, dtype=torch.float64) for name, size in sizes.items()}
+        into = {name: torch.zeros_like(x) for name, x in rows.items()}
+        windows = layout.windows(first, stop)
+        src = torch.randn(2, stop - first, windows.size, 3, dtype=torch.float64)
+        windows.scatter_add(into, src)
+        gathered = windows.gather(rows, torch.empty_like(src))
+        torch.testing.assert_close((gathered * src).sum(), sum((rows[name] * into[name]).sum() for name in rows))
 
 
 def test_step_and_reach():

@@ -1,13 +1,16 @@
 """The PyTorch implementation: block-wise, on any device, with its own backward; the fast path of a CPU.
 
-What costs time on a CPU is not arithmetic but temporaries in fresh memory. So for a few query blocks at a time, the
-key and value rows that they see are copied side by side into a small workspace that stays in cache, and two batched
-matmuls and a softmax run there. Nothing of size queries x keys is kept: the backward computes the probabilities
-again from q and k, by the same steps.
+A few query blocks at a time, the key and value rows that they see are copied side by side into a small workspace, and
+two batched matmuls and the exponentials between them run there, in cache. Nothing of size queries x keys is kept: the
+backward computes the probabilities again from q, k and the log-sum-exp.
+
+Probabilities are powers of two of the scores as they are, as finding a row's maximum and subtracting it would take as
+long as the powers. Where a sum of them comes out too large or too small, they are computed again with it subtracted.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +21,10 @@ from ..call import Call
 from ..compression import Compression, compress_call
 from ..workspace import matmul_out
 from .sweep import Sweep, Tile
+
+_LOG2E = 1.0 / math.log(2.0)
+# The sums of powers of two that need no maximum: no power overflows, and what underflows is too small to count.
+_LEAST_SUM, _MOST_SUM = 2.0**-40, 2.0**40
 
 
 def blockwise_attention(call: Call) -> Tensor:
@@ -30,14 +37,19 @@ def blockwise_attention(call: Call) -> Tensor:
     return out
 
 
-def blockwise_forward(call: Call) -> Tensor:
-    """The output of :func:`blockwise_attention`, without autograd; :func:`blockwise_backward` has its gradients."""
+def blockwise_forward(call: Call) -> tuple[Tensor, Tensor]:
+    """The output of :func:`blockwise_attention` and the log-sum-exp of its scores, without autograd.
+
+    Returns:
+        out (batch, heads, G+T, head_dim), and lse (batch, heads, G+T) float32 or float64, +inf where a query sees
+        nothing. :func:`blockwise_backward` has the gradients.
+    """
     return _forward(call, _compress(call), _threads(call))
 
 
-def blockwise_backward(call: Call, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value of :func:`blockwise_forward`, from the gradient of its output."""
-    return _backward(call, _compress(call), _threads(call), dout)
+def blockwise_backward(call: Call, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query, key and value of :func:`blockwise_forward`, from its lse and the gradient of out."""
+    return _backward(call, _compress(call), _threads(call), lse, dout)
 
 
 def _threads(call: Call) -> int:
@@ -67,50 +79,57 @@ class _BlockwiseAttention(torch.autograd.Function):
         options: tuple[Any, ...], threads: int, *maps: Tensor,
     ) -> Tensor:  # fmt: skip
         """``options``: the arguments of Call after its tensors; ``threads``: the backward needs the same number."""
-        ctx.save_for_backward(query, key, value, attention_mask, seed, *maps)
         ctx.options, ctx.threads = options, threads
         call = Call(query, key, value, attention_mask, seed, (), *options)
-        return _forward(call, Compression(*maps) if maps else None, threads)
+        out, lse = _forward(call, Compression(*maps) if maps else None, threads)
+        ctx.save_for_backward(query, key, value, attention_mask, seed, lse, *maps)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, attention_mask, seed, *maps = ctx.saved_tensors
+        query, key, value, attention_mask, seed, lse, *maps = ctx.saved_tensors
         call = Call(query, key, value, attention_mask, seed, (), *ctx.options)
-        grads = _backward(call, Compression(*maps) if maps else None, ctx.threads, dout)
+        grads = _backward(call, Compression(*maps) if maps else None, ctx.threads, lse, dout)
         return *grads, *(None for _ in range(4 + len(maps)))
 
 
-def _forward(call: Call, compression: Compression | None, threads: int) -> Tensor:
+def _forward(call: Call, compression: Compression | None, threads: int) -> tuple[Tensor, Tensor]:
     batch, heads, length, head_dim = call.query.shape
     # (batch, length, heads, head_dim) in memory, as an output projection wants it
     out = call.query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
     sweep = Sweep(call, compression, threads)
+    lse = call.query.new_empty(batch, heads, length, dtype=sweep.sum_dtype)
     probabilities = _Probabilities(call, sweep)
     for part in sweep.parts():
         for tile in sweep.tiles(part):
-            probs = probabilities.of(tile, sweep.load(tile, "query", part.query))
+            probs, log_sums = probabilities.of(tile, sweep.load(tile, "query", part.query))
             if (mask := probabilities.dropout_mask(probs)) is not None:
                 probs.mul_(mask)
             tile.store(sweep.work.matmul("out", probs, tile.value), part.of(out))
-    return out
+            tile.store(log_sums, part.of(lse).unsqueeze(-1))
+    return out, lse
 
 
 def _backward(
-    call: Call, compression: Compression | None, threads: int, dout: Tensor
+    call: Call, compression: Compression | None, threads: int, lse: Tensor, dout: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dquery, dkey, dvalue = (torch.empty_like(x) for x in (call.query, call.key, call.value))
     sweep = Sweep(call, compression, threads)
     probabilities = _Probabilities(call, sweep)
     work = sweep.work
     for part in sweep.parts():
-        drows = work.empty("drows", *part.rows.shape, dtype=sweep.sum_dtype).zero_()
+        drows = sweep.gradients_of_rows(part)
         for tile in sweep.tiles(part):
             query_tile = sweep.load(tile, "query", part.query)
             dout_tile = sweep.load(tile, "dout", part.of(dout))
-            probs = probabilities.of(tile, query_tile)
+            hint = None
+            if work.dtype != sweep.sum_dtype:
+                hint = sweep.load(tile, "lse", part.of(lse).unsqueeze(-1), sweep.sum_dtype)
+            probs, _ = probabilities.of(tile, query_tile, hint)
             mask = probabilities.dropout_mask(probs)
             dprobs = work.matmul("dprobs", dout_tile, tile.value.mT)
+            tile.hide(dprobs, 0.0)  # what a hidden value gives may be infinite
             dropped = probs
             if mask is not None:
                 dprobs.mul_(mask)
@@ -130,24 +149,51 @@ class _Probabilities:
     """The attention probabilities of tiles, and their dropout masks in the order of the sweep."""
 
     def __init__(self, call: Call, sweep: Sweep) -> None:
-        self._scale, self._kept, self._work = call.scale, 1.0 - call.dropout_p, sweep.work
+        self._scale_log2, self._kept = call.scale * _LOG2E, 1.0 - call.dropout_p
+        self._work, self._sum_dtype = sweep.work, sweep.sum_dtype
         self._generator = torch.Generator(call.query.device).manual_seed(call.seed_value()) if call.dropout_p else None
+        self._subtracts = False
 
-    def of(self, tile: Tile, query: Tensor) -> Tensor:
-        """The probabilities (heads * blocks, size, window) of the tile's queries, 0 where a key is not visible."""
-        scores = self._work.matmul("probs", query, tile.key.mT, self._scale)
-        blocks = scores.view(-1, tile.visible.shape[1], *scores.shape[1:])  # (heads, blocks, size, window)
-        for start, stop in tile.clipped:
-            visible = tile.visible[:, start:stop].unsqueeze(2)
-            # the least finite number and not -inf, which would make a row NaN that sees nothing
-            bias = torch.zeros_like(visible, dtype=scores.dtype)
-            blocks[:, start:stop].add_(bias.masked_fill_(~visible, torch.finfo(scores.dtype).min))
-        if tile.later is None:
-            return torch.softmax(scores, dim=-1, out=scores)
-        own = scores[..., -tile.later.shape[1] :].masked_fill_(tile.later, torch.finfo(scores.dtype).min)
-        torch.softmax(scores, dim=-1, out=scores)
-        own.masked_fill_(tile.later, 0)  # again, as a query that sees nothing spreads evenly, and not only over zeros
-        return scores
+    def of(self, tile: Tile, query: Tensor, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The probabilities of the tile's queries, 0 where a key is not visible, and the log-sum-exp of their scores.
+
+        ``lse``: what the same call returned before, a hint by which scores lose less in a 16-bit product.
+
+        Returns:
+            (heads * blocks, size, window), and (heads * blocks, size, 1) float32 or float64.
+        """
+        base = self._base(tile, lse)
+        powers = self._scores(tile, query, base)
+        shift: Tensor | float = 0.0
+        if subtracts := self._subtracts or tile.visible is not None:
+            shift = powers.amax(-1, keepdim=True).clamp_min_(torch.finfo(powers.dtype).min)  # finite if none is seen
+            powers.sub_(shift)
+        sums = powers.exp2_().sum(-1, keepdim=True)
+        if not subtracts and not _are_in_range(sums):
+            self._subtracts = True  # the next tiles are probably alike
+            return self.of(tile, query, lse)
+        sees_nothing = sums == 0
+        log_sums = ((sums.log2() + shift - base) / _LOG2E).masked_fill_(sees_nothing, torch.inf)
+        probs = self._work.empty("probs", *powers.shape)
+        return torch.div(powers, sums.masked_fill_(sees_nothing, 1), out=probs), log_sums
+
+    def _base(self, tile: Tile, lse: Tensor | None) -> Tensor | float:
+        """What is added to scores before a product rounds them: it makes small those that matter."""
+        if lse is None:
+            return 0.0
+        return (math.log2(tile.key.shape[1]) - lse * _LOG2E).to(self._work.dtype)
+
+    def _scores(self, tile: Tile, query: Tensor, base: Tensor | float) -> Tensor:
+        """The scores as powers of two, plus ``base``, in the sums' dtype; -inf where a key is not visible."""
+        scores = self._work.empty("probs", *query.shape[:2], tile.key.shape[1])
+        if isinstance(base, Tensor):
+            torch.baddbmm(base, query, tile.key.mT, alpha=self._scale_log2, out=scores)
+        else:
+            matmul_out(scores, query, tile.key.mT, self._scale_log2)
+        tile.hide(scores, -torch.inf)
+        if scores.dtype == self._sum_dtype:
+            return scores
+        return self._work.empty("powers", *scores.shape, dtype=self._sum_dtype).copy_(scores)
 
     def dropout_mask(self, probs: Tensor) -> Tensor | None:
         """The next mask, shaped as ``probs``: 0 with probability p, else 1 / (1 - p). None without dropout."""
@@ -155,3 +201,8 @@ class _Probabilities:
             return None
         mask = self._work.empty("mask", *probs.shape)
         return mask.bernoulli_(self._kept, generator=self._generator).div_(self._kept)
+
+
+def _are_in_range(sums: Tensor) -> bool:
+    least, most = sums.aminmax()
+    return bool(least >= _LEAST_SUM and most <= _MOST_SUM)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,79 +14,93 @@ from torch import Tensor
 from ..call import Call
 from ..compression import Compression, bos_pooling_backward, sum_rows
 from ..workspace import Workspace
-from .layout import Layout
+from .layout import Layout, Windows
 
-# Scores computed at a time. On 2 cores with 2 MiB of L2 cache each 2^20 and 2^21 are alike, 2^18 loses 20%; a GPU wants
-# more work in each launch.
-_CPU_SCORES, _GPU_SCORES = 1 << 21, 1 << 25
+# Scores computed at a time: for each thread of a CPU, as many as its own cache holds about once; a GPU wants more work
+# in each launch.
+_CPU_SCORES, _GPU_SCORES = 1 << 19, 1 << 25
+# Elements of keys whose heads are taken together: slots and gradients of a part are kept in memory of their own.
+_PART_ELEMENTS, _LEAST_HEADS = 1 << 23, 8
+# Whether oneDNN has products of a dtype for this processor. Without them, PyTorch's take up to 70 times as long.
+_SUPPORTS_PRODUCTS_OF: dict[torch.dtype, Callable[[], bool]] = {
+    torch.bfloat16: lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    torch.float16: lambda: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+}
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some heads of one batch entry; ``rows`` (2 * heads, num_rows, head_dim) hold their keys, then their values.
+    """Some heads of one batch entry.
 
-    Rows of padding are zero, so that the output of a query that sees nothing is 0: a uniform mean of zeros.
+    ``query, key, value``: (heads, G+T, head_dim), views of the call's; ``slots``: (2, heads, N, head_dim), compressed
+    keys and values, or None; ``keep``: of each source of keys, which rows are visible, (1, G+T) and (heads, N) bool.
     """
 
     batch: int
     heads: slice
-    query: Tensor  # (heads, G+T, head_dim)
-    rows: Tensor
-    keep: Tensor  # (G+T,) bool
-    has_padding: bool
-    visible: Tensor  # (heads, blocks, window) bool
-    clipped: list[bool]  # for each block, whether something in its window is not visible
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    slots: Tensor | None
+    keep: dict[str, Tensor]
     compression: Compression | None
 
     def of(self, x: Tensor) -> Tensor:
-        """The part (heads, G+T, head_dim) of x (batch, heads, G+T, head_dim)."""
+        """The part (heads, G+T, ...) of x (batch, heads, G+T, ...)."""
         return x[self.batch, self.heads]
+
+    @cached_property
+    def hidden(self) -> dict[str, tuple[int, int]]:
+        """Of each source of keys, the rows [start, stop) that have all that are not visible."""
+        return {name: _span_of(~keep.all(0)) for name, keep in self.keep.items()}
 
 
 @dataclass(frozen=True)
 class Tile:
     """Queries [start, stop) of each head, in blocks of ``size`` rows that each see one window of keys.
 
-    ``key, value``: (heads * blocks, window, head_dim). ``visible``: (heads or 1, blocks, window) bool; ``clipped``: the
-    runs [start, stop) of blocks in which not all of it is true. ``first_block`` is None where the one block's window is
-    the whole sequence. ``later``: (size, columns) bool, which of the window's last columns come later than each query;
-    None unless the pattern is causal.
+    ``key, value``: (heads * blocks, window, head_dim). ``windows`` is None where the one block's window is the whole
+    sequence. ``visible``: (heads or 1, blocks, window) bool, or None if all keys are visible. ``later``: (size,
+    columns) bool, which of the window's last columns come later than each query; None unless the pattern is causal.
     """
 
-    layout: Layout
     start: int
     stop: int
     size: int
-    first_block: int | None
+    windows: Windows | None
     key: Tensor
     value: Tensor
-    visible: Tensor
-    clipped: list[tuple[int, int]]
+    visible: Tensor | None
     later: Tensor | None
 
     def load(self, x: Tensor, out: Tensor) -> Tensor:
-        """Copy the tile's queries of x (heads, G+T, head_dim) to out (heads, queries, head_dim), zeros past the end.
+        """Copy the tile's queries of x (heads, G+T, width) to out (heads, queries, width), in its dtype.
 
         Returns:
-            out as (heads * blocks, size, head_dim).
+            out as (heads * blocks, size, width).
         """
-        count = self.stop - self.start
-        out[:, :count] = x[:, self.start : self.stop]
-        out[:, count:] = 0
+        out.copy_(x[:, self.start : self.stop])
         return out.view(-1, self.size, out.shape[-1])
 
     def store(self, x: Tensor, out: Tensor) -> None:
-        """The reverse of :meth:`load`: write x to the tile's queries of out (heads, G+T, head_dim)."""
-        rows = x.view(out.shape[0], -1, out.shape[-1])
-        out[:, self.start : self.stop] = rows[:, : self.stop - self.start]
+        """The reverse of :meth:`load`: write x to the tile's queries of out (heads, G+T, width)."""
+        out[:, self.start : self.stop] = x.view(out.shape[0], -1, out.shape[-1])
 
-    def scatter_add(self, dwindow: Tensor, drows: Tensor) -> None:
+    def hide(self, x: Tensor, value: float) -> None:
+        """Fill x (heads * blocks, size, window) with ``value`` where a key is not visible to a query."""
+        if self.visible is not None:
+            blocks = x.view(-1, self.visible.shape[1], *x.shape[1:])  # (heads, blocks, size, window)
+            blocks.masked_fill_(~self.visible.unsqueeze(2), value)
+        if self.later is not None:
+            x[..., -self.later.shape[1] :].masked_fill_(self.later, value)
+
+    def scatter_add(self, dwindow: Tensor, drows: dict[str, Tensor]) -> None:
         """Add gradients (2, *key.shape) of keys and values to those of the rows their windows were copied from."""
-        if self.first_block is None:
-            drows[:, self.layout.sequence] += dwindow.flatten(0, 1)
+        if self.windows is None:
+            drows["sequence"] += dwindow.flatten(0, 1)
         else:
-            _, _, window, head_dim = dwindow.shape
-            self.layout.scatter_add(drows, self.first_block, dwindow.view(drows.shape[0], -1, window, head_dim))
+            shape = (-1, self.windows.blocks, *self.key.shape[1:])
+            self.windows.scatter_add(drows, dwindow.view(shape))
 
 
 class Sweep:
@@ -97,82 +113,101 @@ class Sweep:
         self.call, self.compression, self.keep = call, compression, call.keep()
         query, pattern = call.query, call.pattern
         self.layout = layout = Layout(pattern, query.shape[-2])
-        self.work = Workspace(query)
+        self.work = Workspace(query, _dtype_of_products(query))
         self.sum_dtype = torch.promote_types(query.dtype, torch.float32)
         _, heads, length, head_dim = query.shape
-        self.scores_of_block = max(pattern.block_size * layout.window, 1)  # in each head
-        scores_of_head = max(layout.num_blocks * self.scores_of_block, layout.num_dense * length, 1)
-        if query.device.type == "cpu":
-            self.budget = max(_CPU_SCORES, threads * self.scores_of_block)
-            # Heads are what threads share out best: each then finds its keys and values in its own cache.
-            heads_of_part = max(self.budget // scores_of_head, threads)
-        else:
-            self.budget = _GPU_SCORES
-            heads_of_part = self.budget // scores_of_head
-        self.head_spans = list(_spans(heads, heads_of_part))
-        most = max((stop - start for start, stop in self.head_spans), default=0)
-        self.rows = query.new_zeros(2 * most, layout.num_rows, head_dim)
+        on_cpu = query.device.type == "cpu"
+        self.budget = threads * _CPU_SCORES if on_cpu else _GPU_SCORES
+        most = max(_PART_ELEMENTS // max(length * head_dim, 1), _LEAST_HEADS, threads)
+        parts = max(math.ceil(heads / most), 1)
+        self.head_spans = list(_spans(heads, math.ceil(heads / parts)))  # about equally large
+        self.scores_of_block = max(pattern.block_size * layout.largest_window, 1)  # in each head
 
     def parts(self) -> Iterator[Part]:
-        """Go over the batch, and over as many heads at a time as the budget of scores allows."""
-        for entry in range(self.call.query.shape[0]):
-            visible = self._visible(entry)
-            keep = self.keep[entry]
-            has_padding = not keep.all()
+        """Go over the batch, and over some heads at a time."""
+        call = self.call
+        for entry in range(call.query.shape[0]):
             for chosen in itertools.starmap(slice, self.head_spans):
                 compression = None if self.compression is None else self.compression.part(entry, chosen)
-                rows = self._fill(entry, chosen, has_padding, compression)
-                clipped = (~visible[chosen]).any(2).any(0).tolist()
-                query = self.call.query[entry, chosen]
-                yield Part(entry, chosen, query, rows, keep, has_padding, visible[chosen], clipped, compression)
+                query, key, value = (x[entry, chosen] for x in (call.query, call.key, call.value))
+                slots, keep = None, {"sequence": self.keep[entry : entry + 1]}
+                if compression is not None:
+                    slots = self._compress(key, value, compression)
+                    keep["slots"] = compression.keep
+                yield Part(entry, chosen, query, key, value, slots, keep, compression)
 
     def tiles(self, part: Part) -> Iterator[Tile]:
         """Go over the part's queries: first those that see the whole sequence, then the blocks."""
-        layout, first, size = self.layout, self.call.pattern.num_global_tokens, self.call.pattern.block_size
         heads, length, head_dim = part.query.shape
-        key, value = part.rows[:, layout.sequence].unflatten(0, (2, heads))
-        clipped = [(0, 1)] if part.has_padding else []
-        for start, stop in _spans(layout.num_dense, self.budget // max(heads * length, 1)):
-            later = self._later(start, stop)
-            yield Tile(layout, start, stop, stop - start, None, key, value, part.keep[None, None], clipped, later)
+        layout, work = self.layout, self.work
+        if layout.num_dense:
+            key, value = self._whole("key", part.key), self._whole("value", part.value)
+            visible = None if part.hidden["sequence"] == (0, 0) else part.keep["sequence"][None]
+            for start, stop in _spans(layout.num_dense, self.budget // max(heads * length, 1)):
+                yield Tile(start, stop, stop - start, None, key, value, visible, self._later(start, stop))
         later = self._later_in_block()
-        for block, end in _spans(layout.num_blocks, self.budget // (heads * self.scores_of_block)):
-            window = self.work.empty("window", 2 * heads, end - block, layout.window, head_dim)
-            key, value = layout.gather(part.rows, block, window).view(2, -1, layout.window, head_dim)
-            clipped = _runs(part.clipped[block:end])
-            start, stop = first + block * size, min(first + end * size, length)
-            yield Tile(layout, start, stop, size, block, key, value, part.visible[:, block:end], clipped, later)
+        for first, end in layout.spans(self.budget // (heads * self.scores_of_block)):
+            windows = layout.windows(first, end)
+            start, stop = layout.queries(first, end)
+            size = (stop - start) // windows.blocks
+            window = work.empty("window", 2, heads, windows.blocks, windows.size, head_dim)
+            for i, rows in enumerate((part.key, part.value)):
+                windows.gather({"sequence": rows} | ({} if part.slots is None else {"slots": part.slots[i]}), window[i])
+            key, value = window.flatten(1, 2)
+            visible = self._visible(part, windows)
+            yield Tile(start, stop, size, windows, key, value, visible, None if later is None else later[:size, :size])
 
-    def load(self, tile: Tile, name: str, x: Tensor) -> Tensor:
-        """The tile's queries (heads * blocks, size, head_dim) of x (heads, G+T, head_dim), in the memory ``name``."""
-        heads, _, head_dim = x.shape
-        return tile.load(x, self.work.empty(name, heads, tile.visible.shape[1] * tile.size, head_dim))
+    def load(self, tile: Tile, name: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The tile's queries (heads * blocks, size, width) of x (heads, G+T, width), in the memory ``name``."""
+        return tile.load(x, self.work.empty(name, x.shape[0], tile.stop - tile.start, x.shape[2], dtype=dtype))
 
-    def finish(self, part: Part, drows: Tensor, dquery: Tensor, dkey: Tensor, dvalue: Tensor) -> None:
+    def gradients_of_rows(self, part: Part) -> dict[str, Tensor]:
+        """Zeros for the gradients of keys, then values: of the sequence (2 heads, G+T, head_dim), and of the slots."""
+        heads, length, head_dim = part.key.shape
+        shapes = {"sequence": length} | ({} if part.slots is None else {"slots": part.slots.shape[2]})
+        return {
+            name: self.work.empty(f"d{name}", 2 * heads, rows, head_dim, dtype=self.sum_dtype).zero_()
+            for name, rows in shapes.items()
+        }
+
+    def finish(self, part: Part, drows: dict[str, Tensor], dquery: Tensor, dkey: Tensor, dvalue: Tensor) -> None:
         """Bring a part's gradients of compressed keys back to the tokens, and store those of keys and values."""
-        layout, compression, heads = self.layout, part.compression, part.query.shape[0]
+        compression, heads, first = part.compression, part.query.shape[0], self.call.pattern.num_global_tokens
+        sequence = drows["sequence"]
         if compression is not None:
-            dkey_slots, dvalue_slots = drows[:, layout.slots].unflatten(0, (2, heads))
-            dkey_tokens, dvalue_tokens = drows[:, layout.tokens].unflatten(0, (2, heads))
+            dkey_slots, dvalue_slots = drows["slots"].unflatten(0, (2, heads))
+            dkey_tokens, dvalue_tokens = sequence[:, first:].unflatten(0, (2, heads))
             if self.call.rule.has_weight_gradient:
-                key, value = part.rows[:, layout.tokens].unflatten(0, (2, heads))
-                bos = self.call.pattern.num_global_tokens
+                hidden = ~part.keep["sequence"][:, first:, None]
+                key, value = (x[:, first:].masked_fill(hidden, 0) for x in (part.key, part.value))
                 dbos, dkey_weights = bos_pooling_backward(
-                    compression, part.query[:, bos], key, value, dkey_slots, dvalue_slots, self.call.scale
+                    compression, part.query[:, first], key, value, dkey_slots, dvalue_slots, self.call.scale
                 )
-                part.of(dquery)[:, bos] += dbos
+                part.of(dquery)[:, first] += dbos
                 dkey_tokens += dkey_weights
             if compression.token is not None:
-                layout.give(drows, compression.token)
+                index = self._flat(compression.token, sequence.shape[1], 2)
+                sequence.flatten(0, 1).index_add_(0, index, drows["slots"].flatten(0, 1))
             else:
                 dkey_tokens += compression.transpose(dkey_slots)
                 dvalue_tokens += compression.transpose(dvalue_slots)
-        sequence = drows[:, layout.sequence]
-        if part.has_padding:
-            # A query that sees nothing spreads evenly over zero values; its gradient must not reach them.
-            sequence.masked_fill_(~part.keep.unsqueeze(-1), 0)
         for grad, rows in zip((dkey, dvalue), sequence.split(heads), strict=True):
             part.of(grad).copy_(rows)
+
+    def _whole(self, name: str, x: Tensor) -> Tensor:
+        """x (heads, G+T, head_dim) in the dtype of products."""
+        dtype = self.work.dtype
+        return x if x.dtype == dtype else self.work.empty(f"whole {name}", *x.shape).copy_(x)
+
+    def _visible(self, part: Part, windows: Windows) -> Tensor | None:
+        """(heads, blocks, window) bool, or None where all is visible."""
+        if not any(windows.meet(name, *span) for name, span in part.hidden.items()):
+            return None
+        heads = part.query.shape[0]
+        keep = {name: x[..., None].expand(heads, -1, 1) for name, x in part.keep.items()}
+        visible = self.keep.new_empty(heads, windows.blocks, windows.size, 1)
+        visible = windows.gather(keep, visible)[..., 0]
+        return None if visible.all() else visible
 
     def _later(self, start: int, stop: int) -> Tensor | None:
         """(stop - start, G+T) bool: which positions are tokens later than each position from ``start`` to ``stop``."""
@@ -185,35 +220,50 @@ class Sweep:
         """(B, B) bool: which tokens of a block, the last of its window, are later than each token of the block."""
         if not self.call.pattern.causal:
             return None
-        index = torch.arange(self.call.pattern.block_size, device=self.keep.device)
+        index = torch.arange(min(self.call.pattern.block_size, self.layout.length), device=self.keep.device)
         return index > index[:, None]
 
-    def _visible(self, entry: int) -> Tensor:
-        """(heads, blocks, window) bool of one batch entry."""
-        keep = self.keep.new_zeros(self.call.query.shape[1], self.layout.num_rows)
-        keep[:, self.layout.sequence] = self.keep[entry]
-        if self.compression is not None:
-            keep[:, self.layout.slots] = self.compression.keep[entry]
-        return self.layout.visible(keep)
+    def _compress(self, key: Tensor, value: Tensor, compression: Compression) -> Tensor:
+        """The slots (2, heads, N, head_dim) of keys and of values (heads, G+T, head_dim)."""
+        heads, length, head_dim = key.shape
+        slots = self.work.empty("slots", 2, heads, self.layout.num_slots, head_dim, dtype=key.dtype)
+        first, step = self.call.pattern.num_global_tokens, torch.get_num_threads()
+        for x, out in zip((key, value), slots, strict=True):
+            if compression.token is not None:
+                index = self._flat(compression.token, length, 1)
+                out.view(-1, head_dim).copy_(x.reshape(-1, head_dim).index_select(0, index))
+                continue
+            for start, stop in _spans(heads, step):
+                weight = compression.weight[start:stop, :, None]
+                weighted = self.work.empty("weighted", stop - start, length - first, head_dim, dtype=self.sum_dtype)
+                torch.mul(x[start:stop, first:], weight, out=weighted)
+                sums = self.work.empty("sums", stop - start, *out.shape[1:], dtype=self.sum_dtype)
+                out[start:stop] = sum_rows(weighted, compression.slot[start:stop], sums.zero_())
+        return slots
 
-    def _fill(self, entry: int, heads: slice, has_padding: bool, compression: Compression | None) -> Tensor:
-        """Copy keys and values of some heads into the rows, compress them there; margins stay zero from the start."""
-        layout, count = self.layout, heads.stop - heads.start
-        rows = self.rows[: 2 * count]
-        sequence = rows[:, layout.sequence]
-        for x, target in zip((self.call.key, self.call.value), sequence.split(count), strict=True):
-            target.copy_(x[entry, heads])
-        if has_padding:
-            sequence.masked_fill_(~self.keep[entry].unsqueeze(-1), 0)
-        if compression is not None and compression.token is not None:
-            layout.take(rows, compression.token)
-        elif compression is not None:
-            tokens = rows[:, layout.tokens].unflatten(0, (2, count))
-            weighted = self.work.empty("weighted", *tokens.shape, dtype=self.sum_dtype)
-            torch.mul(tokens, compression.weight.unsqueeze(-1), out=weighted)
-            sums = self.work.empty("sums", 2, *compression.keep.shape, tokens.shape[-1], dtype=self.sum_dtype)
-            rows[:, layout.slots] = sum_rows(weighted, compression.slot, sums.zero_()).flatten(0, 1)
-        return rows
+    def _flat(self, token: Tensor, length: int, copies: int) -> Tensor:
+        """Where the tokens (heads, N) are among the rows of ``copies`` times (heads, length); of none, some row."""
+        heads = token.shape[0]
+        first = torch.arange(0, copies * heads * length, length, device=token.device).view(copies, heads, 1)
+        position = (token + self.call.pattern.num_global_tokens).clamp(max=length - 1)  # past the end: not kept
+        index: Tensor = first + position
+        return index.flatten()
+
+
+def _dtype_of_products(x: Tensor) -> torch.dtype:
+    """The dtype of the products of x: float32 where a CPU has no fast ones of x's own."""
+    if x.device.type != "cpu" or x.dtype not in _SUPPORTS_PRODUCTS_OF:
+        return x.dtype
+    is_fast = torch.backends.mkldnn.is_available() and _SUPPORTS_PRODUCTS_OF[x.dtype]()
+    return x.dtype if is_fast else torch.float32
+
+
+def _span_of(flags: Tensor) -> tuple[int, int]:
+    """The least [start, stop) that has all true flags of (n,); (0, 0) if there are none."""
+    if not flags.any():
+        return 0, 0
+    found = flags.nonzero()
+    return int(found[0]), int(found[-1]) + 1
 
 
 def _spans(total: int, step: int) -> Iterator[tuple[int, int]]:
@@ -221,9 +271,3 @@ def _spans(total: int, step: int) -> Iterator[tuple[int, int]]:
     step = max(step, 1)
     for start in range(0, total, step):
         yield start, min(start + step, total)
-
-
-def _runs(flags: list[bool]) -> list[tuple[int, int]]:
-    """The spans (start, stop) of consecutive true flags."""
-    edges = [i for i, (a, b) in enumerate(zip([False, *flags], [*flags, False], strict=True)) if a != b]
-    return list(zip(edges[::2], edges[1::2], strict=True))
