@@ -172,10 +172,13 @@ class _Probabilities:
         if not subtracts and not _are_in_range(sums):
             self._subtracts = True  # the next tiles are probably alike
             return self.of(tile, query, lse)
-        sees_nothing = sums == 0
-        log_sums = ((sums.log2() + shift - base) / _LOG2E).masked_fill_(sees_nothing, torch.inf)
+        log_sums = sums.log2().add_(shift).sub_(base).div_(_LOG2E)
+        if tile.visible is not None:
+            sees_nothing = sums == 0
+            log_sums.masked_fill_(sees_nothing, torch.inf)
+            sums.masked_fill_(sees_nothing, 1)
         probs = self._work.empty("probs", *powers.shape)
-        return torch.div(powers, sums.masked_fill_(sees_nothing, 1), out=probs), log_sums
+        return torch.div(powers, sums, out=probs), log_sums
 
     def _base(self, tile: Tile, lse: Tensor | None) -> Tensor | float:
         """What is added to scores before a product rounds them: it makes small those that matter."""
@@ -205,4 +208,4 @@ class _Probabilities:
 
 def _are_in_range(sums: Tensor) -> bool:
     least, most = sums.aminmax()
-    return bool(least >= _LEAST_SUM and most <= _MOST_SUM)
+    return least.item() >= _LEAST_SUM and most.item() <= _MOST_SUM
