@@ -81,6 +81,9 @@ _FLOAT32 = {
     (256, False): Schedule(16, 16, Tuning(4, 2)),
     (256, True): Schedule(16, 16, Tuning(4, 2)),
 }
+_FLOAT32_SMALL = _FLOAT32 | {
+    (128, True): Schedule(16, 32, Tuning(4, 2)),  # 32 rows spill 88 bytes
+}
 _FLOAT32_AMD = _FLOAT32 | {
     (128, False): Schedule(32, 32, Tuning(4, 2)),  # 8 warps of 64 lanes spill 172 bytes with dropout
     (128, True): Schedule(32, 32, Tuning(4, 2)),
@@ -224,7 +227,7 @@ def _kind_of(target: str, is_float32: bool) -> _Kind:
     if capability in (80, 87):
         return _Kind(_FLOAT32, _BACKWARD_FLOAT32_AMPERE) if is_float32 else _Kind(_AMPERE, _BACKWARD_AMPERE)
     if is_float32:
-        return _Kind(_FLOAT32, _BACKWARD_FLOAT32)
+        return _Kind(_FLOAT32 if capability >= 90 else _FLOAT32_SMALL, _BACKWARD_FLOAT32)
     if 90 <= capability < 100:
         return _Kind(_HOPPER, _BACKWARD_HOPPER)
     if 100 <= capability < 120:
