@@ -76,13 +76,13 @@ _RDNA = {  # 256 registers of a lane, and rows of head_dim 128 spill in any tile
 _FLOAT32 = {
     (64, False): Schedule(64, 32, Tuning(8, 2)),
     (64, True): Schedule(64, 32, Tuning(8, 2)),
-    (128, False): Schedule(32, 32, Tuning(8, 2)),
+    (128, False): Schedule(16, 16, Tuning(4, 2)),  # 32 rows: up to 68 bytes; and keys: 1900 bytes with 200 globals
     (128, True): Schedule(32, 16, Tuning(8, 2)),  # 32 keys spill 600 bytes
     (256, False): Schedule(16, 16, Tuning(4, 2)),
     (256, True): Schedule(16, 16, Tuning(4, 2)),
 }
 _FLOAT32_SMALL = _FLOAT32 | {
-    (128, True): Schedule(16, 32, Tuning(4, 2)),  # 32 rows spill 88 bytes
+    (128, True): Schedule(16, 16, Tuning(4, 2)),  # 32 rows spill 88 bytes
 }
 _FLOAT32_AMD = _FLOAT32 | {
     (128, False): Schedule(32, 32, Tuning(4, 2)),  # 8 warps of 64 lanes spill 172 bytes with dropout
