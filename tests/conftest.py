@@ -21,3 +21,11 @@ def _few_heads_are_meant():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*covers all tokens only with")
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_here(tmp_path_factory):
+    """Compile in a cache of this run's own: PyTorch's knows operators by name, and would take an old one for ours."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("inductor")))
+        yield
