@@ -104,7 +104,7 @@ class Layout:
     @cached_property
     def largest_window(self) -> int:
         """Rows in the window of a block that has no end of the sequence near it."""
-        return sum(size for _, _, size in self._pieces(0))
+        return self.pattern.num_global_tokens + sum(size for _, _, size in self._pieces(0))
 
     def queries(self, first: int, stop: int) -> tuple[int, int]:
         """The positions [start, stop) of the queries in blocks [first, stop)."""
@@ -115,9 +115,10 @@ class Layout:
         """Cut the blocks into runs [first, stop) for :meth:`windows`: of ``step`` where it can be, else shorter."""
         block = 0
         while block < self.num_blocks:
-            stop = block + 1
-            while stop < min(block + step, self.num_blocks) and self._is_whole(block) and self._is_whole(stop):
-                stop += 1
+            stop, limit = block + 1, min(block + step, self.num_blocks)
+            if self._is_whole(block):
+                while stop < limit and self._is_whole(stop):
+                    stop += 1
             yield block, stop
             block = stop
 
@@ -128,9 +129,8 @@ class Layout:
         segments = [Segment("sequence", 0, 0, self.pattern.num_global_tokens)]
         for source, start, size in self._pieces(first):
             low, high = ends[source]
-            if stop - first == 1:
-                start, size = max(start, low), min(start + size, high) - max(start, low)
-            segments.append(Segment(source, start, strides[source], size))
+            begin, end = max(start, low), min(start + size, high)
+            segments.append(Segment(source, begin, strides[source], end - begin))
         return Windows(stop - first, tuple(segment for segment in segments if segment.size > 0))
 
     def _pieces(self, block: int) -> list[tuple[str, int, int]]:
@@ -145,14 +145,9 @@ class Layout:
 
     def _is_whole(self, block: int) -> bool:
         """Whether no end of the sequence cuts a block or its window."""
-        _, stop = self.queries(block, block + 1)
-        if stop < self.pattern.num_global_tokens + (block + 1) * self.pattern.block_size:
-            return False
-        ends = {"sequence": (self.pattern.num_global_tokens, self.length), "slots": (0, self.num_slots)}
-        return all(
-            size <= 0 or (ends[source][0] <= start and start + size <= ends[source][1])
-            for source, start, size in self._pieces(block)
-        )
+        start, stop = self.queries(block, block + 1)
+        is_full = stop - start == self.pattern.block_size
+        return is_full and self.windows(block, block + 1).size == self.largest_window
 
     @cached_property
     def _reach(self) -> int:
