@@ -10,16 +10,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .blockwise import limits as cpp_limits
 from .blockwise.attention import blockwise_attention
 from .call import Call
 from .checks import number, probability, type_name
-from .fused.limits import unsupported_reasons
+from .fused import limits as triton_limits
 from .masking import check_mask
 from .operator import operator_attention
 from .pattern import LSGPattern
 from .reference import reference_attention
 
-_IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
+_IMPLEMENTATIONS = ("auto", "triton", "cpp", "torch", "reference")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -88,7 +89,7 @@ def lsg_attention(
             f"{pattern.sparsity_factor} heads; there are {heads}",
             stacklevel=2,
         )
-    if implementation in ("auto", "triton"):
+    if implementation in ("auto", "triton", "cpp"):
         implementation = _choose(implementation, call)
     if dropout_p and implementation != "reference":
         # On the CPU, so that its value reaches a launch without waiting for the device; a CUDA graph keeps it.
@@ -96,7 +97,9 @@ def lsg_attention(
     if implementation == "operator":
         return operator_attention(call)
     with torch.autocast(query.device.type, enabled=False):  # the inputs' dtype is what is asked for
-        return blockwise_attention(call) if implementation == "torch" else reference_attention(call)
+        if implementation == "reference":
+            return reference_attention(call)
+        return blockwise_attention(call, implementation)
 
 
 def check_implementation(implementation: str, name: str = "implementation") -> None:
@@ -109,17 +112,29 @@ def check_implementation(implementation: str, name: str = "implementation") -> N
     if not isinstance(implementation, str):
         raise TypeError(f"{name}: expected a str, got {type_name(implementation)}")
     if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"{name}: expected 'auto', 'triton', 'torch' or 'reference', got {implementation!r}")
+        raise ValueError(f"{name}: expected 'auto', 'triton', 'cpp', 'torch' or 'reference', got {implementation!r}")
 
 
 def _choose(implementation: str, call: Call) -> str:
-    """What "auto" and "triton" come to: "operator", or "torch" where "auto" has to do without the kernels."""
-    reasons = unsupported_reasons(call)
-    if reasons and implementation == "triton":
-        raise ValueError(f"implementation='triton' cannot run: {'; '.join(reasons)}; use 'auto' or 'torch'")
+    """What "auto", "triton" and "cpp" come to: "operator", or else "cpp" or "torch"."""
+    if implementation == "cpp":
+        _refuse(implementation, cpp_limits.unsupported_reasons(call))
+    else:
+        reasons = triton_limits.unsupported_reasons(call)
+        if not reasons:
+            return "operator"
+        if implementation == "triton":
+            _refuse(implementation, reasons)
     if torch.compiler.is_compiling() and not call.query.is_cuda:
         return "operator"  # runs the block-wise code on a CPU; one node of a graph, where that would be many
-    return "torch" if reasons else "operator"
+    if implementation == "cpp":
+        return "cpp"
+    return "torch" if cpp_limits.unsupported_reasons(call) else "cpp"
+
+
+def _refuse(implementation: str, reasons: list[str]) -> None:
+    if reasons:
+        raise ValueError(f"implementation={implementation!r} cannot run: {'; '.join(reasons)}; use 'auto' or 'torch'")
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -115,7 +115,7 @@ def test_bad_tensors(name):
         ({"dropout_p": "0.1"}, TypeError, "dropout_p: expected a number, got str"),
         ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
         ({"scale": torch.ones(1)}, TypeError, "scale: expected a number, got Tensor"),
-        ({"implementation": "cuda"}, ValueError, "expected 'auto', 'triton', 'torch' or 'reference', got 'cuda'"),
+        ({"implementation": "cuda"}, ValueError, "'auto', 'triton', 'cpp', 'torch' or 'reference', got 'cuda'"),
         ({"implementation": None}, TypeError, "implementation: expected a str, got NoneType"),
         (
             {"implementation": "triton"},
@@ -187,7 +187,7 @@ def test_bad_layer_options_and_input():
     with pytest.raises(ValueError, match="expected the parameters' device cpu, got meta"):
         LSGAttention(8, 2)(torch.randn(2, 10, 8, device="meta"))
     with pytest.raises(
-        ValueError, match="implementation: expected 'auto', 'triton', 'torch' or 'reference', got 'fast'"
+        ValueError, match="implementation: expected 'auto', 'triton', 'cpp', 'torch' or 'reference', got 'fast'"
     ):
         LSGAttention(8, 2, implementation="fast")
     with pytest.raises(ValueError, match=re.escape("expected shape (batch, G+T, 8), got (2, 10, 12)")):

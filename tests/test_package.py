@@ -1,6 +1,7 @@
 """The package as it is installed: imports, requirements, the kernels/ trap, wheel, sdist and index page."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -32,8 +33,8 @@ def test_import_needs_neither_triton_nor_transformers(tmp_path):
     assert run(code, tmp_path) == alone
 
 
-def test_without_triton_auto_is_torch():
-    """Where there is no triton the library imports, "auto" chooses "torch", and "triton" says what is missing."""
+def test_without_triton_and_c_auto_is_torch():
+    """Without triton and C++ the library imports, "auto" chooses "torch", and "triton" says what is missing."""
     code = """
 import sys
 sys.modules["triton"] = None  # from here on `import triton` fails, and find_spec("triton") finds nothing
@@ -52,7 +53,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    equal, error = run(code, ROOT).splitlines()
+    equal, error = run(code, ROOT, env={**os.environ, "LSG_ATTN_CPP": "0"}).splitlines()
     assert equal == "True True True True"
     assert "triton is not installed" in error
 

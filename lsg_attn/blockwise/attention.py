@@ -1,17 +1,13 @@
-"""The PyTorch implementation: block-wise, on any device, with its own backward; the fast path of a CPU.
+"""The block-wise implementations, "cpp" and "torch": autograd above their steps, forward and backward.
 
-A few query blocks at a time, the key and value rows that they see are copied side by side into a small workspace, and
-two batched matmuls and the exponentials between them run there, in cache. Nothing of size queries x keys is kept: the
-backward computes the probabilities again from q, k and the log-sum-exp.
-
-Probabilities are powers of two of the scores as they are, as finding a row's maximum and subtracting it would take as
-long as the powers. Where a sum of them comes out too large or too small, they are computed again with it subtracted.
+Both go over a few heads and query blocks at a time, and keep nothing of size queries x keys: the backward computes the
+probabilities again from q, k and the log-sum-exp.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,37 +15,42 @@ from torch import Tensor
 
 from ..call import Call
 from ..compression import Compression, compress_call
-from ..workspace import matmul_out
-from .sweep import Sweep, Tile
+from . import compiled, eager
+from .limits import unsupported_reasons
 
-_LOG2E = 1.0 / math.log(2.0)
-# The sums of powers of two that need no maximum: no power overflows, and what underflows is too small to count.
-_LEAST_SUM, _MOST_SUM = 2.0**-40, 2.0**40
+_STEPS = {"cpp": compiled, "torch": eager}
 
 
-def blockwise_attention(call: Call) -> Tensor:
-    """Block-wise LSG attention, differentiable once."""
+def blockwise_attention(call: Call, implementation: str) -> Tensor:
+    """Block-wise LSG attention, differentiable once, by "cpp" or "torch"."""
     call = replace(call, attention_mask=call.keep())  # a copy: the caller may write to its mask before the backward
     maps = _tensors(_compress(call))
     inputs = (call.query, call.key, call.value, call.attention_mask, call.seed)
     options = (call.dropout_p, call.scale, call.pattern)
-    out: Tensor = _BlockwiseAttention.apply(*inputs, options, torch.get_num_threads(), *maps)  # type: ignore[no-untyped-call]
+    steps = _STEPS[implementation]
+    out: Tensor = _BlockwiseAttention.apply(*inputs, options, steps, torch.get_num_threads(), *maps)  # type: ignore[no-untyped-call]
     return out
 
 
 def blockwise_forward(call: Call) -> tuple[Tensor, Tensor]:
-    """The output of :func:`blockwise_attention` and the log-sum-exp of its scores, without autograd.
+    """The output of :func:`blockwise_attention` and its scores' log-sum-exp, without autograd, by "cpp" if it can run.
 
     Returns:
         out (batch, heads, G+T, head_dim), and lse (batch, heads, G+T) float32 or float64, +inf where a query sees
         nothing. :func:`blockwise_backward` has the gradients.
     """
-    return _forward(call, _compress(call), _threads(call))
+    out, lse = _steps_of(call).forward(call, _compress(call), _threads(call))
+    return out, lse
 
 
 def blockwise_backward(call: Call, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value of :func:`blockwise_forward`, from its lse and the gradient of out."""
-    return _backward(call, _compress(call), _threads(call), lse, dout)
+    dquery, dkey, dvalue = _steps_of(call).backward(call, _compress(call), _threads(call), lse, dout)
+    return dquery, dkey, dvalue
+
+
+def _steps_of(call: Call) -> ModuleType:
+    return eager if unsupported_reasons(call) else compiled
 
 
 def _threads(call: Call) -> int:
@@ -76,136 +77,19 @@ class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, seed: Tensor | None,
-        options: tuple[Any, ...], threads: int, *maps: Tensor,
+        options: tuple[Any, ...], steps: ModuleType, threads: int, *maps: Tensor,
     ) -> Tensor:  # fmt: skip
         """``options``: the arguments of Call after its tensors; ``threads``: the backward needs the same number."""
-        ctx.options, ctx.threads = options, threads
+        ctx.options, ctx.steps, ctx.threads = options, steps, threads
         call = Call(query, key, value, attention_mask, seed, (), *options)
-        out, lse = _forward(call, Compression(*maps) if maps else None, threads)
+        out, lse = steps.forward(call, Compression(*maps) if maps else None, threads)
         ctx.save_for_backward(query, key, value, attention_mask, seed, lse, *maps)
-        return out
+        return out  # type: ignore[no-any-return]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, attention_mask, seed, lse, *maps = ctx.saved_tensors
         call = Call(query, key, value, attention_mask, seed, (), *ctx.options)
-        grads = _backward(call, Compression(*maps) if maps else None, ctx.threads, lse, dout)
-        return *grads, *(None for _ in range(4 + len(maps)))
-
-
-def _forward(call: Call, compression: Compression | None, threads: int) -> tuple[Tensor, Tensor]:
-    batch, heads, length, head_dim = call.query.shape
-    # (batch, length, heads, head_dim) in memory, as an output projection wants it
-    out = call.query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
-    sweep = Sweep(call, compression, threads)
-    lse = call.query.new_empty(batch, heads, length, dtype=sweep.sum_dtype)
-    probabilities = _Probabilities(call, sweep)
-    for part in sweep.parts():
-        for tile in sweep.tiles(part):
-            probs, log_sums = probabilities.of(tile, sweep.load(tile, "query", part.query))
-            if (mask := probabilities.dropout_mask(probs)) is not None:
-                probs.mul_(mask)
-            tile.store(sweep.work.matmul("out", probs, tile.value), part.of(out))
-            tile.store(log_sums, part.of(lse).unsqueeze(-1))
-    return out, lse
-
-
-def _backward(
-    call: Call, compression: Compression | None, threads: int, lse: Tensor, dout: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dquery, dkey, dvalue = (torch.empty_like(x) for x in (call.query, call.key, call.value))
-    sweep = Sweep(call, compression, threads)
-    probabilities = _Probabilities(call, sweep)
-    work = sweep.work
-    for part in sweep.parts():
-        drows = sweep.gradients_of_rows(part)
-        for tile in sweep.tiles(part):
-            query_tile = sweep.load(tile, "query", part.query)
-            dout_tile = sweep.load(tile, "dout", part.of(dout))
-            hint = None
-            if work.dtype != sweep.sum_dtype:
-                hint = sweep.load(tile, "lse", part.of(lse).unsqueeze(-1), sweep.sum_dtype)
-            probs, _ = probabilities.of(tile, query_tile, hint)
-            mask = probabilities.dropout_mask(probs)
-            dprobs = work.matmul("dprobs", dout_tile, tile.value.mT)
-            tile.hide(dprobs, 0.0)  # what a hidden value gives may be infinite
-            dropped = probs
-            if mask is not None:
-                dprobs.mul_(mask)
-                dropped = mask.mul_(probs)
-            dwindow = work.empty("dwindow", 2, *tile.key.shape)  # of key, value
-            matmul_out(dwindow[1], dropped.mT, dout_tile)
-            # dscores = probs * (dprobs - rowsum(probs * dprobs)), in place
-            dscores = torch.ops.aten._softmax_backward_data.out(dprobs, probs, -1, probs.dtype, grad_input=dprobs)
-            matmul_out(dwindow[0], dscores.mT, query_tile, call.scale)
-            tile.scatter_add(dwindow, drows)
-            tile.store(work.matmul("out", dscores, tile.key, call.scale), part.of(dquery))
-        sweep.finish(part, drows, dquery, dkey, dvalue)
-    return dquery, dkey, dvalue
-
-
-class _Probabilities:
-    """The attention probabilities of tiles, and their dropout masks in the order of the sweep."""
-
-    def __init__(self, call: Call, sweep: Sweep) -> None:
-        self._scale_log2, self._kept = call.scale * _LOG2E, 1.0 - call.dropout_p
-        self._work, self._sum_dtype = sweep.work, sweep.sum_dtype
-        self._generator = torch.Generator(call.query.device).manual_seed(call.seed_value()) if call.dropout_p else None
-        self._subtracts = False
-
-    def of(self, tile: Tile, query: Tensor, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The probabilities of the tile's queries, 0 where a key is not visible, and the log-sum-exp of their scores.
-
-        ``lse``: what the same call returned before, a hint by which scores lose less in a 16-bit product.
-
-        Returns:
-            (heads * blocks, size, window), and (heads * blocks, size, 1) float32 or float64.
-        """
-        base = self._base(tile, lse)
-        powers = self._scores(tile, query, base)
-        shift: Tensor | float = 0.0
-        if subtracts := self._subtracts or tile.visible is not None:
-            shift = powers.amax(-1, keepdim=True).clamp_min_(torch.finfo(powers.dtype).min)  # finite if none is seen
-            powers.sub_(shift)
-        sums = powers.exp2_().sum(-1, keepdim=True)
-        if not subtracts and not _are_in_range(sums):
-            self._subtracts = True  # the next tiles are probably alike
-            return self.of(tile, query, lse)
-        log_sums = sums.log2().add_(shift).sub_(base).div_(_LOG2E)
-        if tile.visible is not None:
-            sees_nothing = sums == 0
-            log_sums.masked_fill_(sees_nothing, torch.inf)
-            sums.masked_fill_(sees_nothing, 1)
-        probs = self._work.empty("probs", *powers.shape)
-        return torch.div(powers, sums, out=probs), log_sums
-
-    def _base(self, tile: Tile, lse: Tensor | None) -> Tensor | float:
-        """What is added to scores before a product rounds them: it makes small those that matter."""
-        if lse is None:
-            return 0.0
-        return (math.log2(tile.key.shape[1]) - lse * _LOG2E).to(self._work.dtype)
-
-    def _scores(self, tile: Tile, query: Tensor, base: Tensor | float) -> Tensor:
-        """The scores as powers of two, plus ``base``, in the sums' dtype; -inf where a key is not visible."""
-        scores = self._work.empty("probs", *query.shape[:2], tile.key.shape[1])
-        if isinstance(base, Tensor):
-            torch.baddbmm(base, query, tile.key.mT, alpha=self._scale_log2, out=scores)
-        else:
-            matmul_out(scores, query, tile.key.mT, self._scale_log2)
-        tile.hide(scores, -torch.inf)
-        if scores.dtype == self._sum_dtype:
-            return scores
-        return self._work.empty("powers", *scores.shape, dtype=self._sum_dtype).copy_(scores)
-
-    def dropout_mask(self, probs: Tensor) -> Tensor | None:
-        """The next mask, shaped as ``probs``: 0 with probability p, else 1 / (1 - p). None without dropout."""
-        if self._generator is None:
-            return None
-        mask = self._work.empty("mask", *probs.shape)
-        return mask.bernoulli_(self._kept, generator=self._generator).div_(self._kept)
-
-
-def _are_in_range(sums: Tensor) -> bool:
-    least, most = sums.aminmax()
-    return least.item() >= _LEAST_SUM and most.item() <= _MOST_SUM
+        grads = ctx.steps.backward(call, Compression(*maps) if maps else None, ctx.threads, lse, dout)
+        return *grads, *(None for _ in range(5 + len(maps)))

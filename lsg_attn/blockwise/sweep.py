@@ -20,7 +20,7 @@ from .layout import Layout, Windows
 # in each launch.
 _CPU_SCORES, _GPU_SCORES = 1 << 19, 1 << 25
 # Elements of keys whose heads are taken together: slots and gradients of a part are kept in memory of their own.
-_PART_ELEMENTS, _LEAST_HEADS = 1 << 23, 8
+_PART_ELEMENTS = 1 << 23
 # Whether oneDNN has products of a dtype for this processor. Without them, PyTorch's take up to 70 times as long.
 _SUPPORTS_PRODUCTS_OF: dict[torch.dtype, Callable[[], bool]] = {
     torch.bfloat16: lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
@@ -106,19 +106,23 @@ class Tile:
 class Sweep:
     """The order in which forward and backward go over parts and tiles, and the memory that they use again.
 
-    ``threads``: of the CPU, to share heads out over. The same arguments give the same order.
+    ``threads``: of the CPU, to share heads out over; ``dtype``: of products; ``part_elements``: of the keys of a part.
+    The same arguments give the same order.
     """
 
-    def __init__(self, call: Call, compression: Compression | None, threads: int) -> None:
+    def __init__(
+        self, call: Call, compression: Compression | None, threads: int, dtype: torch.dtype | None = None,
+        part_elements: int = _PART_ELEMENTS,
+    ) -> None:  # fmt: skip
         self.call, self.compression, self.keep = call, compression, call.keep()
         query, pattern = call.query, call.pattern
         self.layout = layout = Layout(pattern, query.shape[-2])
-        self.work = Workspace(query, _dtype_of_products(query))
+        self.work = Workspace(query, dtype or dtype_of_products(query))
         self.sum_dtype = torch.promote_types(query.dtype, torch.float32)
         _, heads, length, head_dim = query.shape
         on_cpu = query.device.type == "cpu"
         self.budget = threads * _CPU_SCORES if on_cpu else _GPU_SCORES
-        most = max(_PART_ELEMENTS // max(length * head_dim, 1), _LEAST_HEADS, threads)
+        most = max(part_elements // max(length * head_dim, 1), threads)
         parts = max(math.ceil(heads / most), 1)
         self.head_spans = list(_spans(heads, math.ceil(heads / parts)))  # about equally large
         self.scores_of_block = max(pattern.block_size * layout.largest_window, 1)  # in each head
@@ -161,12 +165,12 @@ class Sweep:
         """The tile's queries (heads * blocks, size, width) of x (heads, G+T, width), in the memory ``name``."""
         return tile.load(x, self.work.empty(name, x.shape[0], tile.stop - tile.start, x.shape[2], dtype=dtype))
 
-    def gradients_of_rows(self, part: Part) -> dict[str, Tensor]:
-        """Zeros for the gradients of keys, then values: of the sequence (2 heads, G+T, head_dim), and of the slots."""
+    def gradients_of_rows(self, part: Part, groups: int = 1) -> dict[str, Tensor]:
+        """Zeros (groups, 2, heads, rows, head_dim) for gradients of keys and values: of the sequence and the slots."""
         heads, length, head_dim = part.key.shape
         shapes = {"sequence": length} | ({} if part.slots is None else {"slots": part.slots.shape[2]})
         return {
-            name: self.work.empty(f"d{name}", 2 * heads, rows, head_dim, dtype=self.sum_dtype).zero_()
+            name: self.work.empty(f"d{name}", groups, 2, heads, rows, head_dim, dtype=self.sum_dtype).zero_()
             for name, rows in shapes.items()
         }
 
@@ -250,7 +254,7 @@ class Sweep:
         return index.flatten()
 
 
-def _dtype_of_products(x: Tensor) -> torch.dtype:
+def dtype_of_products(x: Tensor) -> torch.dtype:
     """The dtype of the products of x: float32 where a CPU has no fast ones of x's own."""
     if x.device.type != "cpu" or x.dtype not in _SUPPORTS_PRODUCTS_OF:
         return x.dtype
