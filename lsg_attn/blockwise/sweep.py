@@ -122,9 +122,8 @@ class Sweep:
         _, heads, length, head_dim = query.shape
         on_cpu = query.device.type == "cpu"
         self.budget = threads * _CPU_SCORES if on_cpu else _GPU_SCORES
-        most = max(part_elements // max(length * head_dim, 1), threads)
-        parts = max(math.ceil(heads / most), 1)
-        self.head_spans = list(_spans(heads, math.ceil(heads / parts)))  # about equally large
+        turns = max(part_elements // max(length * head_dim * threads, 1), 1)
+        self.head_spans = list(_spans(heads, turns * threads))
         self.scores_of_block = max(pattern.block_size * layout.largest_window, 1)  # in each head
 
     def parts(self) -> Iterator[Part]:

@@ -38,6 +38,10 @@ inline void store(const V& x, E* out) {
   std::memcpy(out, &x, sizeof(V));
 }
 
+inline Floats max(Floats a, Floats b) {
+  return b > a ? b : a;
+}
+
 inline float max_of(Floats x) {
   float out = x[0];
   for (int i = 1; i < kLanes; ++i) out = std::max(out, x[i]);

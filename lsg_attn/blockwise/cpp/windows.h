@@ -101,17 +101,6 @@ struct Source {
 };
 
 template <typename T>
-Source<T> source_of(const Tensor& key, const Tensor& value, const std::optional<Tensor>& keep, int64_t head) {
-  return {
-      key.const_data_ptr<T>() + head * key.stride(0),
-      value.const_data_ptr<T>() + head * value.stride(0),
-      key.stride(1),
-      value.stride(1),
-      keep ? keep->const_data_ptr<bool>() + head * keep->stride(0) : nullptr,
-  };
-}
-
-template <typename T>
 using Sources = std::array<Source<T>, 2>;
 
 struct Inputs {
@@ -129,8 +118,17 @@ struct Inputs {
 
   template <typename T>
   Sources<T> sources(int64_t head) const {
-    Sources<T> out{source_of<T>(key, value, keep, head)};
-    if (slots) out[1] = source_of<T>(slots->select(0, 0), slots->select(0, 1), slot_keep, head);
+    const auto keep_of = [&](const std::optional<Tensor>& x) {
+      return x ? x->const_data_ptr<bool>() + head * x->stride(0) : nullptr;
+    };
+    Sources<T> out{};
+    out[0] = {
+        key.const_data_ptr<T>() + head * key.stride(0), value.const_data_ptr<T>() + head * value.stride(0),
+        key.stride(1), value.stride(1), keep_of(keep)};
+    if (slots) {
+      const T* first = slots->const_data_ptr<T>() + head * slots->stride(1);
+      out[1] = {first, first + slots->stride(0), slots->stride(2), slots->stride(2), keep_of(slot_keep)};
+    }
     return out;
   }
 
