@@ -12,11 +12,12 @@ from lsg_attn import SPARSITY_TYPES, LSGPattern
 from lsg_attn.cli.sizes import BART_SIZES, Size
 
 FORWARD, BACKWARD, TRAIN = "forward", "forward+backward", "train"
-OURS = ("lsg triton", "lsg torch")  # ratios are to the first of these that can run a case
+OURS = ("lsg triton", "lsg cpp", "lsg torch")  # ratios are to the first of these that can run a case
 OWN = (*OURS, "lsg reference")
 # Groups of peers: a section that names one measures only the peers that are in it.
 SEQ2SEQ = "seq2seq"  # encoders of BART's kind
 TYPES_FORWARD, PATTERNS = "types, forward", "patterns"  # attentions whose cost depends on the pattern
+LONG = "long"  # attentions that take long inputs in a short time
 PATTERN = LSGPattern()
 SIZES = {
     **BART_SIZES,
@@ -116,8 +117,8 @@ _DEVICES = {
     "cpu": _Device(
         "float32",
         ("bfloat16", "float16"),
-        (1024, 2048, 4096, 8192, 16384),
-        (1024, 2048, 4096, 8192),
+        (512, 1024, 2048, 4096, 8192, 16384),
+        (512, 1024, 2048, 4096, 8192),
         (1024, 2048, 4096, 16384),
         "layer",  # a step of more layers takes minutes
         8.0,
@@ -178,10 +179,20 @@ def plan(device: str, quick: bool) -> list[Section]:
             Section(f"attention, freed memory kept, {step}", (case,), "allocators", **times)
             for step, case in kept.items()
         ]
-    dtypes = tuple(replace(attention, dtype_name=name) for name in what.other_dtypes)
+        long = _over(attention, (4096, 16384, 65536, 131072))
+        sections.append(Section(f"long inputs, {FORWARD}", long, "lengths", LONG, least=3, seconds=4.0))
+    dtypes = [
+        Section(
+            f"dtypes, {case.step}",
+            tuple(replace(case, dtype_name=name, tokens=n) for name in what.other_dtypes for n in (1024, case.tokens)),
+            "dtypes",
+            **times,
+        )
+        for case in (attention, backward)
+    ]
     return [
         *sections,
-        Section(f"dtypes, {FORWARD}", dtypes, "dtypes", **times),
+        *dtypes,
         Section("train step, other patterns", _with(train, _TRAIN_PATTERNS), "patterns", PATTERNS, least=2, **times),
     ]
 

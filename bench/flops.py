@@ -9,6 +9,7 @@ import torch
 
 from bench.cases import FORWARD, TimedCase
 from lsg_attn import LSGPattern
+from lsg_attn.blockwise.sweep import dtype_of_products
 
 # Products per score. Forward: with key, with value. Backward: with key again, dout with value, and dq, dk, dv.
 PRODUCTS, BACKWARD_PRODUCTS = 2, 5
@@ -48,28 +49,33 @@ class Bound(NamedTuple):
     scale: float
 
 
-_GPU_ROWS = 8192  # rows and columns of a product that is large enough for a GPU's full rate
+PRODUCTS_ALONE, LARGE = BOUNDS = ("matmul", "large matmul")
+_ROWS = {"cpu": 1536, "cuda": 8192}  # rows and columns of a product that is large enough for a device's full rate
 
 
-def matmul_bound(case: TimedCase) -> Bound:
-    """A lower bound on the time of LSG attention, or of an encoder with it: its matrix products and nothing else.
+def matmul_bounds(case: TimedCase) -> dict[str, Bound]:
+    """What PyTorch takes for the matrix products of LSG attention, or of an encoder with it, and for nothing else.
 
-    On a CPU these are the products themselves: one ``torch.bmm`` for each product of the block windows and each linear
-    layer, on buffers that all layers share. The global queries are left out. On a GPU, whose kernels do not write
-    scores to memory, it is one large product of the same dtype, scaled to the same number of operations.
+    ``"large matmul"`` is one large product, scaled to the same number of operations. ``"matmul"``, on a CPU only, are
+    the products themselves: one ``torch.bmm`` for each product of the block windows and each linear layer, on buffers
+    that all layers share. The global queries are left out. Both are of the case's dtype, or of float32 where the CPU
+    has no fast products of it.
     """
-    if case.device != "cuda":
-        return Bound(_products(case), 1.0)
-    left, right = (torch.randn(_GPU_ROWS, _GPU_ROWS, dtype=case.dtype, device=case.device) for _ in range(2))
+    dtype = dtype_of_products(torch.empty(0, dtype=case.dtype, device=case.device))
+    rows = _ROWS[case.device]
+    left, right = (torch.randn(rows, rows, dtype=dtype, device=case.device) for _ in range(2))
     out = torch.empty_like(left)
 
-    def step() -> None:
+    def multiply() -> None:
         torch.mm(left, right, out=out)
 
-    return Bound(step, flops(case, num_scores(case.pattern, case.tokens)) / (2 * _GPU_ROWS**3))
+    large = Bound(multiply, flops(case, num_scores(case.pattern, case.tokens)) / (2 * rows**3))
+    return (
+        {LARGE: large} if case.device == "cuda" else {PRODUCTS_ALONE: Bound(_products(case, dtype), 1.0), LARGE: large}
+    )
 
 
-def _products(case: TimedCase) -> Callable[[], None]:
+def _products(case: TimedCase, dtype: torch.dtype) -> Callable[[], None]:
     pattern, size = case.pattern, case.size
     batch = case.batch * size.heads * pattern.num_blocks(case.tokens)
     window = 3 * pattern.block_size + pattern.num_global_tokens
@@ -90,7 +96,7 @@ def _products(case: TimedCase) -> Callable[[], None]:
             shapes += [(1, tokens, n, k) for _, _, k, n in linear] + [(1, k, tokens, n) for _, _, k, n in linear]
 
     def buffer(*sizes: int) -> torch.Tensor:
-        return torch.randn(sizes, dtype=case.dtype, device=case.device)
+        return torch.randn(sizes, dtype=dtype, device=case.device)
 
     buffers = {(b, m, k, n): (buffer(b, m, k), buffer(b, k, n), buffer(b, m, n)) for b, m, k, n in shapes}
 

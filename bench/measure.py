@@ -14,13 +14,12 @@ import torch
 from bench import peers
 from bench.allocator import keep_freed_memory
 from bench.cases import FORWARD, OWN, Section, TimedCase, ours_of
-from bench.flops import Bound, flops, matmul_bound, num_scores
+from bench.flops import BOUNDS, LARGE, Bound, flops, matmul_bounds, num_scores
 from bench.peak import cuda_peak_bytes
 from bench.peers.base import Peer
 from bench.subject import DisagreementError, Subject, check, make_step, make_subject
 from bench.timing import Clock, Step, StepError, interleave, ratio, spread
 
-BOUND = "matmul"
 Verdicts = dict[tuple[Any, ...], str | None]
 
 
@@ -47,7 +46,7 @@ def measure(section: Section, case: TimedCase, names: Sequence[str], verdicts: V
         except OSError as error:
             return all_skipped(section, case, names, str(error))
     _quiet_transformers()
-    result, clock, bound = Result(verdicts=dict(verdicts)), Clock(case.device), matmul_bound(case)
+    result, clock, bounds = Result(verdicts=dict(verdicts)), Clock(case.device), matmul_bounds(case)
     able: list[str] = []
     entries: dict[str, _Entry] = {}
     for peer in asked(section, case, names):
@@ -61,11 +60,12 @@ def measure(section: Section, case: TimedCase, names: Sequence[str], verdicts: V
             entries[peer.name] = entry
         if result.is_gpu_lost:
             return result
-    times = _interleave(section, case, entries, bound, clock, result)
-    scores = {name: entry.scores for name, entry in entries.items()} | {BOUND: num_scores(case.pattern, case.tokens)}
+    times = _interleave(section, case, entries, bounds, clock, result)
+    scores = {name: entry.scores for name, entry in entries.items()}
+    scores |= dict.fromkeys(bounds, num_scores(case.pattern, case.tokens))
     for name in times:
         figure = named(section, case, name) | _of_times(case, times, name, ours_of(able), scores[name])
-        if name != BOUND:
+        if name not in BOUNDS:
             entry = entries[name]
             figure |= {"setup_ms": 1e3 * entry.subject.setup_seconds, "first_ms": 1e3 * entry.first_seconds}
             if case.device == "cuda" and case.tokens in section.memory:
@@ -135,16 +135,23 @@ def _disagreement(peer: Peer, case: TimedCase, result: Result) -> str | None:
 
 
 def _interleave(
-    section: Section, case: TimedCase, entries: dict[str, _Entry], bound: Bound, clock: Clock, result: Result
+    section: Section,
+    case: TimedCase,
+    entries: dict[str, _Entry],
+    bounds: dict[str, Bound],
+    clock: Clock,
+    result: Result,
 ) -> dict[str, list[float]]:
-    """The seconds of the entries and the bound; an entry that fails here is left out after all."""
+    """The seconds of the entries and the bounds; an entry that fails here is left out after all."""
     while entries and not result.is_gpu_lost:
-        steps = {name: entry.step for name, entry in entries.items()} | {BOUND: bound.step}
+        steps = {name: entry.step for name, entry in entries.items()} | {
+            name: bound.step for name, bound in bounds.items()
+        }
         try:
             times = interleave(steps, clock, section.seconds, section.least)
-            return times | {BOUND: [bound.scale * seconds for seconds in times[BOUND]]}
+            return times | {name: [bound.scale * x for x in times[name]] for name, bound in bounds.items()}
         except StepError as error:
-            if error.name == BOUND:
+            if error.name in BOUNDS:
                 raise
             name, reason = error.name, _failure(error.name, error.__cause__ or error, result)
         result.skipped.append(named(section, case, name) | {"reason": reason})
@@ -184,7 +191,8 @@ def _free(result: Result) -> None:
 def _of_times(
     case: TimedCase, times: dict[str, list[float]], name: str, ours: str | None, scores: int
 ) -> dict[str, Any]:
-    """A peer's figures: ``ratio`` is its time over ours, ``over_matmul`` its time over the bound's.
+    """A peer's figures: ``ratio`` is its time over ours, ``over_matmul`` its time over the large
+    product's.
 
     If ours failed, there is no ratio: a ratio to another of our implementations would be mistaken for it.
     """
@@ -193,7 +201,7 @@ def _of_times(
         "repetitions": len(times[name]),
         "ms": [1e3 * x for x in seconds],
         "ratio": list(ratio(times[name], times[ours])) if ours in times else None,
-        "over_matmul": list(ratio(times[name], times[BOUND])),
+        "over_matmul": list(ratio(times[name], times[LARGE])),
         "us_per_token": 1e6 * seconds.median / (case.batch * case.tokens),
         "tflops": flops(case, scores) / seconds.median / 1e12,
     }

@@ -9,10 +9,10 @@ from typing import Any
 
 from bench import peers
 from bench.cases import OURS
-from bench.measure import BOUND
+from bench.flops import BOUNDS, LARGE, PRODUCTS_ALONE
 from bench.record import Run, read
 
-_COLORS = {**peers.COLORS, BOUND: "#7f7f7f"}
+_COLORS = {**peers.COLORS, PRODUCTS_ALONE: "#7f7f7f", LARGE: "#bcbcbc"}
 Figure = dict[str, Any]
 
 
@@ -73,7 +73,7 @@ def _against_length(run: Run, label: str, value: Callable[[Figure], float | None
         for peer, line in lines.items():
             xs, ys = zip(*sorted(line), strict=True)
             style: dict[str, Any] = {"linewidth": 2.6, "zorder": 3} if peer in OURS else {"linewidth": 1.4}
-            style["linestyle"] = "--" if peer == BOUND else "-"
+            style["linestyle"] = "--" if peer in BOUNDS else "-"
             axis.plot(xs, ys, marker="o", markersize=4, color=_COLORS[peer], label=peer, **style)
         ticks = _lengths(lines)
         axis.set_xscale("log", base=2)
@@ -110,7 +110,7 @@ def _ratios(run: Run, note: str) -> Any:
     canvas = Canvas(figsize=(4.8 * columns, 2.7 * rows + 0.4), layout="constrained")
     axes = canvas.subplots(rows, columns, squeeze=False).flatten()
     for axis, (title, figures) in zip(axes, groups.items(), strict=False):
-        figures = [figure for figure in figures if figure["peer"] != BOUND][::-1]
+        figures = [figure for figure in figures if figure["peer"] not in BOUNDS][::-1]
         names = [figure["peer"] for figure in figures]
         middles = [figure["ratio"][0] for figure in figures]
         errors = [[x["ratio"][0] - x["ratio"][1] for x in figures], [x["ratio"][2] - x["ratio"][0] for x in figures]]

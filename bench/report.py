@@ -9,7 +9,7 @@ from typing import Any
 
 from bench import peers
 from bench.cases import OURS, OWN, TimedCase, ours_of, plan
-from bench.measure import BOUND
+from bench.flops import BOUNDS, LARGE, PRODUCTS_ALONE
 from bench.record import Run, read
 from bench.table import pattern_label
 
@@ -17,7 +17,7 @@ _ROOT = Path(__file__).parent.parent
 README, PAGE = _ROOT / "README.md", _ROOT / "docs/performance.md"
 _RESULTS, _PLOTS = _ROOT / "bench/results", _ROOT / "docs/performance"
 _BEGIN, _END = "<!-- begin: python -m bench.report -->\n", "<!-- end: python -m bench.report -->\n"
-_WHO = {**peers.LABELS, BOUND: "matmul bound"}
+_WHO = {**peers.LABELS, PRODUCTS_ALONE: "the products alone", LARGE: "one large product"}
 _HEADS = {"types": "Sparsity types", "patterns": "Train step with other patterns", "dtypes": "Dtypes"}
 _PICTURES = {
     "ratios": "Time relative to ours, by peer",
@@ -74,7 +74,8 @@ def _small_table(run: Run) -> list[str]:
     titles = [section.title for section in plan(device, quick=True)]
     found = _at_length(run, tokens)
     columns = {title: figures for title, figures in found.items() if next(iter(figures.values()))["section"] in titles}
-    names = [name for name in _WHO if name not in (BOUND, "lsg reference") and any(name in x for x in columns.values())]
+    shown = [name for name in _WHO if name not in (*BOUNDS, "lsg reference")]
+    names = [name for name in shown if any(name in column for column in columns.values())]
     rows = {_WHO[name]: [_small_cell(x.get(name), _ours(x)) for x in columns.values()] for name in names}
     faster = dict.fromkeys(_WHO[figure["peer"]] for figure in _faster_figures(run))
     note = f" Faster than ours in some measured cases: {'; '.join(faster)}." if faster else ""
@@ -103,7 +104,7 @@ def report(path: Path) -> list[str]:
     """
     run = _read(path)
     lines = [*_heading(path, run), *_peers(run, run.common_length()), *_lengths(run), *_patterns(run), *_kept(run)]
-    lines += _faster(run)
+    lines += [*_long(run), *_faster(run)]
     for name, caption in _PICTURES.items():
         picture = f"{path.stem}-{name}.png"
         if (_PLOTS / picture).exists():
@@ -260,7 +261,7 @@ def _ratio(figures: dict[str, Figure], name: str) -> str:
 
 def _label(case: TimedCase, compares: str) -> str:
     if compares == "dtypes":
-        return case.dtype_name
+        return f"{case.dtype_name}, {case.tokens:,} tokens"
     return pattern_label(case.pattern) if compares == "patterns" else f"`{case.pattern.sparsity_type}`"
 
 
@@ -282,9 +283,20 @@ def _kept(run: Run) -> list[str]:
     ]
 
 
+def _long(run: Run) -> list[str]:
+    """Time per token at lengths that few peers are measured at."""
+    found = [figure for figure in run.figures if figure["compares"] == "lengths" and figure["peer"] not in BOUNDS]
+    lengths = sorted({figure["case"].tokens for figure in found})
+    rows: dict[str, list[str]] = {}
+    for figure in sorted(found, key=lambda figure: figure["case"].tokens):
+        rows.setdefault(_WHO[figure["peer"]], []).append(f"{figure['us_per_token']:.3g} us")
+    head = "Time per token, forward, by length."
+    return [head, "", *_markdown([f"{length:,}" for length in lengths], rows)] if rows else []
+
+
 def _faster_figures(run: Run) -> list[Figure]:
     """The figures of peers that take less time than ours."""
-    return [x for x in run.figures if x["peer"] not in (BOUND, *OWN) and x["ratio"] and x["ratio"][0] < 1]
+    return [x for x in run.figures if x["peer"] not in (*BOUNDS, *OWN) and x["ratio"] and x["ratio"][0] < 1]
 
 
 def _faster(run: Run) -> list[str]:

@@ -19,7 +19,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import fresh, peers
 from bench.cases import Section, TimedCase, plan, shrink
-from bench.measure import BOUND, Result, Verdicts, all_skipped, measure, reason_of
+from bench.flops import BOUNDS
+from bench.measure import Result, Verdicts, all_skipped, measure, reason_of
 from bench.peak import peak_bytes
 from bench.record import FOLDER, Writer, new_path
 from bench.table import print_section, print_skipped
@@ -126,7 +127,7 @@ def _measure(
         _add_failure(result, f"{section.title}, {case.tokens} tokens")
         return result
     for figure in result.figures:
-        if case.tokens in section.memory and figure["peer"] != BOUND:
+        if case.tokens in section.memory and figure["peer"] not in BOUNDS:
             try:
                 figure["peak_bytes"] = peak_bytes(figure["peer"], case)
             except Exception:

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from bench import fresh
 from bench.cases import OURS, Section, TimedCase, ours_of
-from bench.measure import BOUND, measure
+from bench.flops import BOUNDS
+from bench.measure import measure
 from bench.record import read
 
 _LENGTHS = (512, 1024, 2048, 4096, 8192)
@@ -82,7 +83,7 @@ def _print(console: Console, title: str, points: Points) -> None:
         if len(line) < 2:
             continue
         span = f"{min(line)} to {max(line)}"
-        told = "" if name_of_ours is None or name in (name_of_ours, BOUND) else crossing(points[name_of_ours], line)
+        told = "" if name_of_ours is None or name in (name_of_ours, *BOUNDS) else crossing(points[name_of_ours], line)
         table.add_row(name, span, f"{exponent(line):.2f}", told)
     console.print(table)
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import cases, fresh, peers
 from bench.cases import BACKWARD, FORWARD, TRAIN, Section, TimedCase
-from bench.flops import flops, matmul_bound, num_scores
+from bench.flops import BOUNDS, LARGE, PRODUCTS_ALONE, flops, matmul_bounds, num_scores
 from bench.measure import asked, measure
 from bench.record import Writer, read
 from bench.subject import DisagreementError, check, make_step, make_subject
@@ -47,10 +47,10 @@ def test_groups_of_peers_are_those_that_sections_ask_for():
     assert groups == {section.group for section in sections} - {""}
     (encoders,) = (x for x in cases.plan("cpu", quick=True) if x.group == cases.SEQ2SEQ)
     names = [peer.name for peer in asked(encoders, encoders.cases[0], peers.NAMES)]
-    assert names == ["lsg triton", "lsg torch", "original", "dense", "led", "bigbird_pegasus"]
+    assert names == ["lsg triton", "lsg cpp", "lsg torch", "original", "dense", "led", "bigbird_pegasus"]
 
 
-@pytest.mark.parametrize("name", ["lsg torch", "original"])
+@pytest.mark.parametrize("name", ["lsg cpp", "lsg torch", "original"])
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 def test_lsg_peers_agree_with_the_reference(name, sparsity_type):
     case = replace(ATTENTION, pattern=LSGPattern(16, 16, 2, sparsity_type), step=BACKWARD)
@@ -125,7 +125,7 @@ def test_peer_with_a_wrong_result_has_no_figures(wrong, what, monkeypatch):
     monkeypatch.setattr(type(peer_of("attention", "dense")), "prepare", lambda self, case: wrong)
     case = replace(ATTENTION, step=BACKWARD)
     result = measure(Section("s", (case,), seconds=0, least=1), case, ["dense", "lsg torch"], {})
-    assert {figure["peer"] for figure in result.figures} == {"lsg torch", "matmul"}
+    assert {figure["peer"] for figure in result.figures} == {"lsg torch", *BOUNDS}
     assert [record["peer"] for record in result.skipped] == ["dense"]
     assert f"does not agree with the reference: dense, norm, float32, {what}" in result.skipped[0]["reason"]
     assert len(result.failures) == 1
@@ -145,7 +145,9 @@ def test_peer_that_raises_is_skipped_and_ours_is_a_failure(monkeypatch):
     (failure,) = result.failures
     assert failure["what"] == "lsg torch: RuntimeError: no such kernel"
     assert "in broken" in failure["traceback"]
-    assert [figure["ratio"] for figure in result.figures] == [None, None]  # original, matmul
+    assert [(figure["peer"], figure["ratio"]) for figure in result.figures] == [
+        (name, None) for name in ("original", *BOUNDS)
+    ]
 
 
 def test_peer_that_fails_while_timed_leaves_the_others_figures(monkeypatch):
@@ -160,7 +162,7 @@ def test_peer_that_fails_while_timed_leaves_the_others_figures(monkeypatch):
     monkeypatch.setattr(type(peer_of("attention", "dense")), "prepare", lambda self, case: tired)
     result = measure(Section("s", (ATTENTION,), seconds=0, least=3), ATTENTION, ["dense", "lsg torch"], {})
     assert [record["reason"] for record in result.skipped] == ["OutOfMemoryError: full"]
-    assert [(x["peer"], x["repetitions"]) for x in result.figures] == [("lsg torch", 3), ("matmul", 3)]
+    assert [(x["peer"], x["repetitions"]) for x in result.figures] == [(name, 3) for name in ("lsg torch", *BOUNDS)]
 
 
 @pytest.mark.parametrize("step", [FORWARD, BACKWARD, TRAIN])
@@ -204,10 +206,14 @@ def test_spread_and_ratio_are_percentiles():
 @pytest.mark.parametrize("level", ["attention", "encoder"])
 @pytest.mark.parametrize("step", [FORWARD, BACKWARD])
 @pytest.mark.parametrize("pattern", [TINY, LSGPattern(16, sparsity_type="none"), LSGPattern(512)])
-def test_matmul_bound_does_the_counted_operations(level, step, pattern):
+def test_matmul_bounds_do_the_counted_operations(level, step, pattern):
     case = TimedCase(level, "tiny", 1024, step, batch=2, pattern=pattern)
+    bounds = matmul_bounds(case)
     with FlopCounterMode(display=False) as counter:
-        bound = matmul_bound(case)
+        bounds[LARGE].step()
+    assert counter.get_total_flops() * bounds[LARGE].scale == flops(case, num_scores(pattern, case.tokens))
+    bound = bounds[PRODUCTS_ALONE]
+    with FlopCounterMode(display=False) as counter:
         bound.step()
     assert bound.scale == 1
     dense = pattern.is_dense(case.tokens)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from bench import fresh, measure, peers, plot, recall, report, run, scaling, tune
 from bench.cases import Section, TimedCase, plan, shrink
+from bench.flops import BOUNDS
 from bench.measure import Result
 from bench.peers.base import masked_attention
 from bench.record import read
@@ -40,7 +41,7 @@ def test_dry_run_measures_every_case_of_a_gpus_plan(dry_run):
     expected = {(section.title, case) for section in shrink(plan("cuda", False)) for case in section.cases}
     assert {(figure["section"], figure["case"]) for figure in found.figures} == expected
     ran = {figure["peer"] for figure in found.figures}
-    assert ran == {*peers.NAMES, "matmul"} - {"lsg triton"}
+    assert ran == {*peers.NAMES, *BOUNDS} - {"lsg triton"}
     for name in peers.NAMES:
         assert name in printed
     assert "skipped: lsg triton: the tensors are on device cpu" in printed
@@ -215,7 +216,7 @@ def test_report_is_made_of_the_figures(key, tmp_path):
     path = RESULTS / "cpu.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     for record in records:
-        if record.get(key) and record["peer"] == "lsg torch":
+        if record.get(key) and record["peer"] == "lsg cpp":
             value = record[key]
             record[key] = [1.7 * x for x in value] if isinstance(value, list) else 2 * value
         elif record.get(key) and record["peer"] == "original":
@@ -230,7 +231,7 @@ def test_report_names_who_is_faster(tmp_path):
     path = RESULTS / "cpu.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     for record in records:
-        if record["kind"] == "figures" and record["peer"] not in ("lsg torch", "matmul"):
+        if record["kind"] == "figures" and record["peer"] not in ("lsg cpp", *BOUNDS):
             record["ratio"] = [0.5] * 3 if record["peer"] == "led" and record["section"] == "train step" else [2.0] * 3
     changed = tmp_path / path.name
     changed.write_text("".join(json.dumps(record) + "\n" for record in records))

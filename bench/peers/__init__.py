@@ -10,6 +10,7 @@ from bench.peers.original import OriginalAttention, OriginalEncoder
 
 ATTENTION: tuple[AttentionPeer, ...] = (
     LSGImplementation("triton"),
+    LSGImplementation("cpp"),
     LSGImplementation("torch"),
     LSGImplementation("reference"),
     OriginalAttention(),
@@ -19,6 +20,7 @@ ATTENTION: tuple[AttentionPeer, ...] = (
 )
 ENCODERS: tuple[EncoderPeer, ...] = (
     LSGEncoder("triton"),
+    LSGEncoder("cpp"),
     LSGEncoder("torch"),
     OriginalEncoder(),
     BartEncoder(),

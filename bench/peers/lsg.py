@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.cases import PATTERNS, SEQ2SEQ, TYPES_FORWARD, TimedCase
+from bench.cases import LONG, PATTERNS, SEQ2SEQ, TYPES_FORWARD, TimedCase
 from bench.flops import num_scores
 from bench.peers.base import (
     Adapter,
@@ -22,11 +22,13 @@ from bench.peers.base import (
     memory_reason,
 )
 from lsg_attn import lsg_attention
+from lsg_attn.blockwise import limits as cpp_limits
 from lsg_attn.call import Call
-from lsg_attn.fused.limits import unsupported_reasons
+from lsg_attn.fused import limits as triton_limits
 
 _LOOKS = {  # label and color of each implementation
     "triton": ("ours, Triton", "#d62728"),
+    "cpp": ("ours, C++", "#d62728"),
     "torch": ("ours, PyTorch", "#e377c2"),
     "reference": ("ours, the dense reference", "#c5b0d5"),
 }
@@ -58,16 +60,16 @@ class LSGImplementation(_Ours, AttentionPeer):
     def __init__(self, implementation: str) -> None:
         super().__init__(implementation)
         if implementation != "reference":  # it is for checking, and slow
-            self.groups = (TYPES_FORWARD, PATTERNS)
+            self.groups = (TYPES_FORWARD, PATTERNS, LONG)
 
     def unsupported_reason(self, case: TimedCase) -> str | None:
-        """The kernels' reason is what ``implementation="triton"`` would raise; the reference's is memory."""
+        """The reason is what asking for the implementation would raise; the reference's is memory."""
         if self._implementation == "reference":
             slots = case.pattern.num_slots(case.tokens)
             pairs = case.length * (case.length + slots)
             # scores, mask, probabilities, and with a backward their gradients
             return memory_reason(case, pairs, 6, 2 << 30, "dense scores and probabilities")
-        return _kernels_reason(self._implementation, case)
+        return _reason(self._implementation, case)
 
     def prepare(self, case: TimedCase) -> Attend:
         """The function with the case's pattern."""
@@ -82,7 +84,7 @@ class LSGEncoder(_Ours, EncoderPeer):
 
     def unsupported_reason(self, case: TimedCase) -> str | None:
         """It needs transformers, and its attention must be able to run."""
-        return super().unsupported_reason(case) or _kernels_reason(self._implementation, case)
+        return super().unsupported_reason(case) or _reason(self._implementation, case)
 
     def build(self, case: TimedCase) -> nn.Module:
         """LSG-BART's encoder."""
@@ -108,13 +110,16 @@ def lsg_encoder(case: TimedCase, implementation: str) -> Any:
     return LSGBartEncoder(config)
 
 
-def _kernels_reason(implementation: str, case: TimedCase) -> str | None:
-    """Why the implementation cannot run a case because of the kernels' limits, or None."""
-    if implementation != "triton":
+_LIMITS = {"triton": triton_limits.unsupported_reasons, "cpp": cpp_limits.unsupported_reasons}
+
+
+def _reason(implementation: str, case: TimedCase) -> str | None:
+    """Why the implementation cannot run a case, or None."""
+    if implementation not in _LIMITS:
         return None
     try:
         example = torch.empty(1, case.size.heads, 1, case.size.head_dim, dtype=case.dtype, device=case.device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         return str(error).splitlines()[0]
     call = Call(example, example, example, None, None, (), 0.0, 1.0, case.pattern)
-    return "; ".join(unsupported_reasons(call)) or None
+    return "; ".join(_LIMITS[implementation](call)) or None
