@@ -7,9 +7,9 @@ w(t) k[t]``, and ``sv`` from v by the same map. So its transpose is a gather, ``
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -24,9 +24,8 @@ _POOLING_EPS = 1e-6
 _LSH_EPS = 1e-8
 
 
-@dataclass(frozen=True)
 class Compression:
-    """A map from T tokens to N slots, for each batch and head.
+    """A map from T tokens to N slots, for each batch and head; of a part of them, all shapes lack the batch.
 
     Attributes:
         slot: (batch, heads, T) int64, the token's slot; 0 with weight 0 where it has none.
@@ -39,12 +38,11 @@ class Compression:
     slot: Tensor
     weight: Tensor
     keep: Tensor
-    token: Tensor | None = None
+    token: Tensor | None
 
     def part(self, batch: int, heads: slice) -> Compression:
-        """The map of some heads of one batch entry; its tensors are (heads, T or N)."""
-        token = None if self.token is None else self.token[batch, heads]
-        return Compression(self.slot[batch, heads], self.weight[batch, heads], self.keep[batch, heads], token)
+        """The map of some heads of one batch entry."""
+        raise NotImplementedError
 
     def apply(self, x: Tensor) -> Tensor:
         """Compress x (..., T, head_dim) to (..., N, head_dim), summed in the weights' dtype, returned in x's."""
@@ -65,6 +63,50 @@ class Compression:
         product = self.weight * dweight
         total = torch.zeros_like(self.keep, dtype=product.dtype).scatter_add(-1, self.slot, product)
         return product - self.weight * total.gather(-1, self.slot)
+
+
+@dataclass(frozen=True)
+class Sums(Compression):
+    """A map that gives each token its slot and weight there."""
+
+    slot: Tensor
+    weight: Tensor
+    keep: Tensor
+    token: None = None
+
+    def part(self, batch: int, heads: slice) -> Sums:
+        """The map of some heads of one batch entry."""
+        return Sums(self.slot[batch, heads], self.weight[batch, heads], self.keep[batch, heads])
+
+
+@dataclass(frozen=True)
+class Choice(Compression):
+    """A map that gives each slot its token; ``length``: T, ``dtype``: of weights. The rest is made where asked for."""
+
+    token: Tensor
+    keep: Tensor
+    length: int
+    dtype: torch.dtype
+
+    def part(self, batch: int, heads: slice) -> Choice:
+        """The map of some heads of one batch entry."""
+        return Choice(self.token[batch, heads], self.keep[batch, heads], self.length, self.dtype)
+
+    @cached_property
+    def slot(self) -> Tensor:  # type: ignore[override]
+        """See :class:`Compression`."""
+        slots = torch.arange(self.token.shape[-1], device=self.token.device)
+        return self._of_tokens(slots.expand_as(self.token))
+
+    @cached_property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """See :class:`Compression`."""
+        return self._of_tokens(self.keep.to(self.dtype))
+
+    def _of_tokens(self, x: Tensor) -> Tensor:
+        """Bring x (..., N) to the slots' tokens; of the others, 0."""
+        out = x.new_zeros(*x.shape[:-1], self.length + 1)  # the last place is for what lies past the end
+        return out.scatter_(-1, self.token.clamp(max=self.length), x)[..., : self.length]
 
 
 @dataclass(frozen=True)
@@ -163,7 +205,9 @@ def _norm(pattern: LSGPattern, tokens: Tokens) -> Compression:
 
     The order matters only where a window cuts a chunk. Of equal norms the earlier token goes first.
     """
-    norms = torch.linalg.vector_norm(tokens.key.detach(), dim=-1, dtype=tokens.dtype)
+    norms = tokens.key.new_empty(tokens.shape, dtype=tokens.dtype)
+    for part in _parts(tokens):
+        torch.linalg.vector_norm(tokens.key[part].detach(), dim=-1, dtype=tokens.dtype, out=norms[part])
     norms = norms.masked_fill(~tokens.keep.unsqueeze(1), -1.0)  # below every kept token, also one of norm 0
     norms = _pad_to_blocks(pattern, norms, -1.0).unflatten(-1, (-1, pattern.chunk))
     chosen = norms.argsort(dim=-1, descending=True, stable=True)[..., : pattern.chunk // pattern.sparsity_factor]
@@ -185,7 +229,7 @@ def _bos_pooling(pattern: LSGPattern, tokens: Tokens) -> Compression:
     scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)  # finite: a group of padding is not NaN
     weight = (scores.softmax(dim=-1) * keep).flatten(-2)
     batch, heads, length = tokens.shape
-    return Compression(
+    return Sums(
         slot=_group_of(pattern, tokens).expand(batch, heads, length),
         weight=weight[..., :length],
         keep=keep.any(-1).expand(batch, heads, -1),
@@ -204,17 +248,14 @@ def _lsh(pattern: LSGPattern, tokens: Tokens) -> Compression:
         directions = lsh_directions(pattern, heads, tokens.key.shape[-1])
     directions = [direction.detach().to(tokens.key.device, tokens.dtype) for direction in directions]
     slot = torch.empty(batch, heads, length, dtype=torch.int64, device=tokens.key.device)
-    # A head for each thread at a time: what is hashed then stays in cache.
-    step = torch.get_num_threads() if tokens.key.device.type == "cpu" else heads
     scratch = Workspace(tokens.key, tokens.dtype)
-    for entry in range(batch):
-        padding = None if tokens.keep[entry].all() else ~tokens.keep[entry].unsqueeze(-1)
-        for start in range(0, heads, step):
-            part = slice(start, start + step)
-            x = tokens.key[entry, part].detach().to(tokens.dtype)
-            if padding is not None:
-                x = x.masked_fill(padding, 0)
-            slot[entry, part] = _clusters(pattern, x, [direction[part] for direction in directions], scratch)
+    has_padding = [not keep.all() for keep in tokens.keep]
+    for part in _parts(tokens):
+        entry, chosen = part
+        x = tokens.key[part].detach().to(tokens.dtype)
+        if has_padding[entry]:
+            x = x.masked_fill(~tokens.keep[entry].unsqueeze(-1), 0)
+        slot[part] = _clusters(pattern, x, [direction[chosen] for direction in directions], scratch)
     return _mean(tokens, slot, pattern.num_slots(length), _LSH_EPS)
 
 
@@ -247,17 +288,22 @@ def _hash(x: Tensor, direction: Tensor, scratch: Workspace) -> Tensor:
     return (largest + half * (products.gather(-1, largest) < 0)).view(x.shape[:-1])
 
 
+def _parts(tokens: Tokens) -> Iterator[tuple[int, slice]]:
+    """Go over batch entries and heads: on a CPU a head for each thread at a time, so that it stays in cache."""
+    batch, heads, _ = tokens.shape
+    step = torch.get_num_threads() if tokens.key.device.type == "cpu" else heads
+    for entry in range(batch):
+        for start in range(0, heads, step):
+            yield entry, slice(start, start + step)
+
+
 def _choice(pattern: LSGPattern, tokens: Tokens, token: Tensor) -> Compression:
     """The map that copies the tokens ``token``, (..., N) broadcastable to (batch, heads, N), into their slots."""
     batch, heads, length = tokens.shape
     keep = _pad_to_blocks(pattern, tokens.keep, False)
-    padded = keep.shape[-1]
     token = token.expand(batch, heads, -1)
-    keep = keep.unsqueeze(1).expand(batch, heads, padded).gather(-1, token)
-    slots = torch.arange(token.shape[-1], device=token.device).expand_as(token)
-    slot = token.new_zeros(batch, heads, padded).scatter_(-1, token, slots)
-    weight = torch.zeros_like(slot, dtype=tokens.dtype).scatter_(-1, token, keep.to(tokens.dtype))
-    return Compression(slot[..., :length], weight[..., :length], keep, token)
+    keep = keep.unsqueeze(1).expand(batch, heads, keep.shape[-1]).gather(-1, token)
+    return Choice(token, keep, length, tokens.dtype)
 
 
 def _mean(tokens: Tokens, slot: Tensor, num_slots: int, eps: float) -> Compression:
@@ -266,7 +312,7 @@ def _mean(tokens: Tokens, slot: Tensor, num_slots: int, eps: float) -> Compressi
     slot = slot.expand(batch, heads, length)
     keep = tokens.keep.unsqueeze(1).to(tokens.dtype).expand(batch, heads, length)
     count = keep.new_zeros(batch, heads, num_slots).scatter_add_(-1, slot, keep)
-    return Compression(slot, keep / (count.gather(-1, slot) + eps), count > 0)
+    return Sums(slot, keep / (count.gather(-1, slot) + eps), count > 0)
 
 
 def _group_of(pattern: LSGPattern, tokens: Tokens) -> Tensor:

@@ -24,11 +24,10 @@ _STEPS = {"cpp": compiled, "torch": eager}
 def blockwise_attention(call: Call, implementation: str) -> Tensor:
     """Block-wise LSG attention, differentiable once, by "cpp" or "torch"."""
     call = replace(call, attention_mask=call.keep())  # a copy: the caller may write to its mask before the backward
-    maps = _tensors(_compress(call))
     inputs = (call.query, call.key, call.value, call.attention_mask, call.seed)
     options = (call.dropout_p, call.scale, call.pattern)
-    steps = _STEPS[implementation]
-    out: Tensor = _BlockwiseAttention.apply(*inputs, options, steps, torch.get_num_threads(), *maps)  # type: ignore[no-untyped-call]
+    how = (_STEPS[implementation], torch.get_num_threads(), _compress(call))
+    out: Tensor = _BlockwiseAttention.apply(*inputs, options, *how)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -66,30 +65,23 @@ def _compress(call: Call) -> Compression | None:
         return compress_call(call)
 
 
-def _tensors(compression: Compression | None) -> tuple[Tensor | None, ...]:
-    """The map as autograd saves it."""
-    if compression is None:
-        return ()
-    return compression.slot, compression.weight, compression.keep, compression.token
-
-
 class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, seed: Tensor | None,
-        options: tuple[Any, ...], steps: ModuleType, threads: int, *maps: Tensor,
+        options: tuple[Any, ...], steps: ModuleType, threads: int, compression: Compression | None,
     ) -> Tensor:  # fmt: skip
         """``options``: the arguments of Call after its tensors; ``threads``: the backward needs the same number."""
-        ctx.options, ctx.steps, ctx.threads = options, steps, threads
-        call = Call(query, key, value, attention_mask, seed, (), *options)
-        out, lse = steps.forward(call, Compression(*maps) if maps else None, threads)
-        ctx.save_for_backward(query, key, value, attention_mask, seed, lse, *maps)
-        return out  # type: ignore[no-any-return]
+        ctx.options, ctx.steps, ctx.threads, ctx.compression = options, steps, threads, compression
+        out: Tensor
+        out, lse = steps.forward(Call(query, key, value, attention_mask, seed, (), *options), compression, threads)
+        ctx.save_for_backward(query, key, value, attention_mask, seed, lse)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, attention_mask, seed, lse, *maps = ctx.saved_tensors
+        query, key, value, attention_mask, seed, lse = ctx.saved_tensors
         call = Call(query, key, value, attention_mask, seed, (), *ctx.options)
-        grads = ctx.steps.backward(call, Compression(*maps) if maps else None, ctx.threads, lse, dout)
-        return *grads, *(None for _ in range(5 + len(maps)))
+        grads = ctx.steps.backward(call, ctx.compression, ctx.threads, lse, dout)
+        return *grads, *(None for _ in range(6))

@@ -21,7 +21,7 @@ from .layout import Layout
 from .sweep import Part, Sweep, dtype_of_products
 
 _QUERIES = 128  # at most of a block at a time
-_PART_ELEMENTS = 1 << 20  # of keys whose heads are taken together
+_PART_ELEMENTS = 1 << 19  # of keys whose heads are taken together
 
 
 def forward(call: Call, compression: Compression | None, threads: int) -> tuple[Tensor, Tensor]:

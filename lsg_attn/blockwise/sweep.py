@@ -233,7 +233,7 @@ class Sweep:
         for x, out in zip((key, value), slots, strict=True):
             if compression.token is not None:
                 index = self._flat(compression.token, length, 1)
-                out.view(-1, head_dim).copy_(x.reshape(-1, head_dim).index_select(0, index))
+                torch.index_select(x.reshape(-1, head_dim), 0, index, out=out.view(-1, head_dim))
                 continue
             for start, stop in _spans(heads, step):
                 weight = compression.weight[start:stop, :, None]
