@@ -37,8 +37,8 @@ def lsg_attention(
 ) -> Tensor:
     """Local + Sparse + Global attention (arXiv 2210.15497): one softmax over a window, compressed and global keys.
 
-    Differentiable in query, key and value: once and by reverse mode with ``"triton"`` and ``"torch"``; twice, and by
-    ``torch.func``, with ``"reference"``. The choice that ``norm``, ``lsh``, ``stride`` and ``block_stride`` make has no
+    Differentiable in query, key and value: once and by reverse mode with ``"triton"``, ``"cpp"`` and ``"torch"``;
+    twice, and by ``torch.func``, with ``"reference"``. The choice that ``norm``, ``lsh``, ``stride`` and ``block_stride`` make has no
     gradient.
 
     Args:
@@ -54,16 +54,16 @@ def lsg_attention(
             It applies whenever it is not 0: pass 0 in evaluation. Seeded by ``torch.manual_seed``; from one seed,
             implementations draw different masks.
         scale: factor of the scores (those of ``bos_pooling`` too); ``1/sqrt(head_dim)`` by default.
-        implementation: ``"triton"`` (fused kernels, on CUDA and ROCm devices), ``"torch"`` (block-wise),
-            ``"reference"`` (a dense mask: slow, memory quadratic in length), or ``"auto"``, the first of these that
-            can run.
+        implementation: ``"triton"`` (fused kernels, on CUDA and ROCm devices), ``"cpp"`` (block-wise C++ for CPUs,
+            compiled on first use), ``"torch"`` (block-wise, in PyTorch), ``"reference"`` (a dense mask: slow, memory
+            quadratic in length), or ``"auto"``, the first of these that can run.
         lsh_projections: for ``lsh``, the random directions of each round in order, each (heads, head_dim, m//2) for
             the round's m = ``pattern.lsh_buckets[i]`` buckets, instead of those of ``pattern.lsh_seed``.
 
     Returns:
         (batch, heads, G+T, head_dim), of query's dtype, also under autocast. In float16 and bfloat16 ``"torch"`` and
-        ``"reference"`` round scores and probabilities to that dtype, as the plain computation does; ``"triton"`` only
-        the probabilities.
+        ``"reference"`` round scores and probabilities to that dtype, as the plain computation does; ``"triton"`` and
+        ``"cpp"`` only the probabilities.
 
     Raises:
         TypeError: an argument is not of the type named above.
