@@ -38,8 +38,8 @@ def lsg_attention(
     """Local + Sparse + Global attention (arXiv 2210.15497): one softmax over a window, compressed and global keys.
 
     Differentiable in query, key and value: once and by reverse mode with ``"triton"``, ``"cpp"`` and ``"torch"``;
-    twice, and by ``torch.func``, with ``"reference"``. The choice that ``norm``, ``lsh``, ``stride`` and ``block_stride`` make has no
-    gradient.
+    twice, and by ``torch.func``, with ``"reference"``. The choice that ``norm``, ``lsh``, ``stride`` and
+    ``block_stride`` make has no gradient.
 
     Args:
         query, key, value: (batch, heads, G+T, head_dim), of one device and one dtype out of float64, float32,
