@@ -121,7 +121,7 @@ _DEVICES = {
         (512, 1024, 2048, 4096, 8192),
         (1024, 2048, 4096, 16384),
         "layer",  # a step of more layers takes minutes
-        8.0,
+        5.0,
     ),
     "cuda": _Device(
         "bfloat16",

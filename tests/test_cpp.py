@@ -207,8 +207,8 @@ def test_calls_from_several_threads_at_once():
 
 @needs_library
 def test_products_in_float32_where_the_processor_has_none_of_bfloat16(monkeypatch):
-    unsupported = {torch.bfloat16: lambda: False}
-    monkeypatch.setattr("lsg_attn.blockwise.sweep._SUPPORTS_PRODUCTS_OF", unsupported)
+    monkeypatch.setattr("lsg_attn.blockwise.sweep._SUPPORTS_PRODUCTS_OF", {torch.bfloat16: lambda: False})
+    monkeypatch.setattr("lsg_attn.blockwise.library.has_bfloat16_products", lambda: False)
     pattern = LSGPattern(16, 16, 2, "norm")
     got = check(make_inputs(1, 2, 1 + 100, 16, torch.bfloat16), pattern)
     expected = run_attention(make_inputs(1, 2, 1 + 100, 16, torch.bfloat16), pattern, implementation="torch")

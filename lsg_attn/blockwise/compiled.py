@@ -17,8 +17,9 @@ from torch import Tensor
 from ..call import Call
 from ..compression import Compression
 from ..pattern import LSGPattern
+from . import library
 from .layout import Layout
-from .sweep import Part, Sweep, dtype_of_products
+from .sweep import Part, Sweep
 
 _QUERIES = 128  # at most of a block at a time
 _PART_ELEMENTS = 1 << 19  # of keys whose heads are taken together
@@ -29,6 +30,7 @@ def forward(call: Call, compression: Compression | None, threads: int) -> tuple[
     batch, heads, length, head_dim = call.query.shape
     # (batch, length, heads, head_dim) in memory, as an output projection wants it
     out = call.query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    torch.ops.lsg_attn_cpp.advise_huge_pages(out)
     lse = call.query.new_empty(batch, heads, length, dtype=torch.float32)
     sweep = _sweep(call, compression, threads)
     for part in sweep.parts():
@@ -42,6 +44,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of query, key and value; from the same ``threads``, the same bits."""
     dquery, dkey, dvalue = (torch.empty_like(x) for x in (call.query, call.key, call.value))
+    for x in (dquery, dkey, dvalue):
+        torch.ops.lsg_attn_cpp.advise_huge_pages(x)
     sweep = _sweep(call, compression, threads)
     for part in sweep.parts():
         heads = part.query.shape[0]
@@ -58,8 +62,8 @@ def backward(
 
 
 def _sweep(call: Call, compression: Compression | None, threads: int) -> Sweep:
-    dtype = dtype_of_products(call.query)
-    dtype = torch.float32 if dtype == torch.float16 else dtype
+    is_bfloat16 = call.query.dtype == torch.bfloat16 and library.has_bfloat16_products()
+    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
     return Sweep(call, compression, threads, dtype, _PART_ELEMENTS)
 
 

@@ -35,6 +35,12 @@ def missing_reason() -> str | None:
 
 
 @functools.cache
+def has_bfloat16_products() -> bool:
+    """Whether the loaded library multiplies bfloat16 as it is; else it computes in float32."""
+    return bool(torch.ops.lsg_attn_cpp.has_bfloat16_products())
+
+
+@functools.cache
 def _load() -> str | None:
     reason = _unsuitable_reason()
     if reason is None:
