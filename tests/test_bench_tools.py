@@ -21,6 +21,7 @@ from lsg_attn import SPARSITY_TYPES, LSGPattern
 from lsg_attn.fused.schedules import Schedule, Tuning, forward_schedule
 
 RESULTS = Path(report.__file__).parent / "results"
+WHOLE = RESULTS / "amd-epyc.jsonl"  # a run of the whole plan
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +189,7 @@ def test_a_changed_figure_in_a_document_is_found(document, monkeypatch, tmp_path
 
 def test_report_refuses_dry_runs_and_texts_without_its_place(dry_run):
     old = f"before\n{report._BEGIN}old\n{report._END}after\n"
-    lines = report.report(RESULTS / "cpu.jsonl")
+    lines = report.report(WHOLE)
     text = report.with_section(old, lines)
     assert text.startswith(f"before\n{report._BEGIN}")
     assert text.endswith(f"{report._END}after\n")
@@ -202,7 +203,7 @@ def test_report_refuses_dry_runs_and_texts_without_its_place(dry_run):
 
 def test_summary_has_a_table_for_each_device(tmp_path):
     """Of several files of a device, the one with the most figures."""
-    small, large = RESULTS / "cpu-transformers-4.57.6.jsonl", RESULTS / "cpu.jsonl"
+    small, large = RESULTS / "intel-xeon-transformers-4.57.6.jsonl", RESULTS / "intel-xeon.jsonl"
     other = tmp_path / "other.jsonl"
     other.write_text(large.read_text().replace(read(large).run["device"], "another device"))
     tables = {device: report.summary([path]) for device, path in (("first", large), ("another", other))}
@@ -213,7 +214,7 @@ def test_summary_has_a_table_for_each_device(tmp_path):
 
 @pytest.mark.parametrize("key", ["ms", "ratio", "peak_bytes"])
 def test_report_is_made_of_the_figures(key, tmp_path):
-    path = RESULTS / "cpu.jsonl"
+    path = WHOLE
     records = [json.loads(line) for line in path.read_text().splitlines()]
     for record in records:
         if record.get(key) and record["peer"] == "lsg cpp":
@@ -228,7 +229,7 @@ def test_report_is_made_of_the_figures(key, tmp_path):
 
 
 def test_report_names_who_is_faster(tmp_path):
-    path = RESULTS / "cpu.jsonl"
+    path = WHOLE
     records = [json.loads(line) for line in path.read_text().splitlines()]
     for record in records:
         if record["kind"] == "figures" and record["peer"] not in ("lsg cpp", *BOUNDS):
@@ -241,7 +242,8 @@ def test_report_names_who_is_faster(tmp_path):
     assert "Faster than ours in some measured cases: LED." in report.summary([changed])[0]
 
 
-def test_committed_runs_have_every_case_and_no_failure_of_ours():
+def test_committed_runs_have_the_plans_cases_and_no_failure_of_ours():
+    """One has all of them. Runs on other machines may be older than some cases."""
     for path in RESULTS.glob("*.jsonl"):
         found = read(path)
         assert not found.run["commit"].endswith("-dirty")
@@ -250,11 +252,12 @@ def test_committed_runs_have_every_case_and_no_failure_of_ours():
         arguments = found.run["arguments"]
         sections = [x for x in plan(arguments["device"], arguments["quick"]) if arguments["only"] in x.title]
         expected = {(section.title, case) for section in sections for case in section.cases}
-        assert {(figure["section"], figure["case"]) for figure in found.figures} == expected
+        measured = {(figure["section"], figure["case"]) for figure in found.figures}
+        assert measured == expected if path == WHOLE else measured <= expected
 
 
 def test_scaling_prints_the_sections_of_a_file(capsys):
-    scaling.main([str(RESULTS / "cpu.jsonl")])
+    scaling.main([str(WHOLE)])
     out = capsys.readouterr().out
     assert "attention, forward" in out
     assert "dense" in out

@@ -129,7 +129,7 @@ def test_nan_stays_nan():
 @needs_library
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides_change_nothing(dtype):
-    """Heads side by side, as a projection writes them; rows an odd number of elements apart; backwards; expanded."""
+    """Heads side by side, as a projection writes them; rows an odd number of elements apart; transposed; expanded."""
     pattern = LSGPattern(16, 16, 2, "norm")
     inputs = make_inputs(2, 3, 1 + 90, 8, dtype, "right")
     expected = run_attention(inputs, pattern, implementation="cpp")
@@ -150,6 +150,9 @@ def test_strides_change_nothing(dtype):
         assert not other.query.is_contiguous()
         got = run_attention(other, pattern, implementation="cpp")
         assert all(torch.equal(got[name], x) for name, x in expected.items())
+    mask = inputs.attention_mask.t().contiguous().t()  # an entry's tokens are apart
+    got = run_attention(inputs._replace(attention_mask=mask), pattern, implementation="cpp")
+    assert all(torch.equal(got[name], x) for name, x in expected.items())
     ones = [inputs._replace(dout=x) for x in (torch.ones((), dtype=dtype).expand_as(inputs.dout), inputs.dout * 0 + 1)]
     a, b = (run_attention(x, pattern, implementation="cpp") for x in ones)
     assert all(torch.equal(a[name], x) for name, x in b.items())

@@ -73,7 +73,7 @@ def _inputs(sweep: Sweep, part: Part) -> tuple[Tensor | float | int | None, ...]
     blocks, segments = _tables(call.pattern, sweep.layout.length)
     tensors = (_rows(sweep, name, getattr(part, name)) for name in ("query", "key", "value"))
     slots = None if part.slots is None else _rows(sweep, "slot rows", part.slots)
-    keep = {name: x.expand(heads, -1) for name, x in part.keep.items() if part.hidden[name] != (0, 0)}
+    keep = {name: x.contiguous().expand(heads, -1) for name, x in part.keep.items() if part.hidden[name] != (0, 0)}
     causal_from = call.pattern.num_global_tokens if call.pattern.causal else sweep.layout.length
     return (
         *tensors, slots, keep.get("sequence"), keep.get("slots"), blocks, segments, call.scale, causal_from,
