@@ -56,17 +56,21 @@ def with_section(text: str, lines: Iterable[str]) -> str:
 
 
 def summary(paths: Iterable[Path]) -> list[str]:
-    """One small table for each device, of the sections of a quick run; from the device's file with the most figures.
+    """A small table for a CPU and one for a GPU, of the sections of a quick run; each from the newest run of peers.
 
     Raises:
         ValueError: a file is that of a dry run.
     """
-    fullest: dict[str, Run] = {}
+    newest: dict[bool, Run] = {}
     for run in map(_read, paths):
-        device = run.run["device"]
-        if device not in fullest or len(run.figures) > len(fullest[device].figures):
-            fullest[device] = run
-    return [line for run in fullest.values() for line in _small_table(run)]
+        is_gpu = run.run["cuda"] is not None
+        if _compares_peers(run) and (is_gpu not in newest or run.run["date"] > newest[is_gpu].run["date"]):
+            newest[is_gpu] = run
+    return [line for run in newest.values() for line in _small_table(run)]
+
+
+def _compares_peers(run: Run) -> bool:
+    return any(figure["compares"] == "peers" for figure in run.figures)
 
 
 def _small_table(run: Run) -> list[str]:
@@ -103,7 +107,8 @@ def report(path: Path) -> list[str]:
         ValueError: it is that of a dry run.
     """
     run = _read(path)
-    lines = [*_heading(path, run), *_peers(run, run.common_length()), *_lengths(run), *_patterns(run), *_kept(run)]
+    lines = [*_heading(path, run), *(_peers(run, run.common_length()) if _compares_peers(run) else ())]
+    lines += [*_lengths(run), *_patterns(run), *_kept(run)]
     lines += [*_long(run), *_faster(run)]
     for name, caption in _PICTURES.items():
         picture = f"{path.stem}-{name}.png"
@@ -121,9 +126,10 @@ def _read(path: Path) -> Run:
 
 def _heading(path: Path, run: Run) -> list[str]:
     what = run.run
+    only = f", {what['arguments']['only']}" if what["arguments"]["only"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in what["versions"].items() if version)
     return [
-        f"## {_where(run)}: transformers {what['versions']['transformers']}",
+        f"## {_where(run)}: transformers {what['versions']['transformers']}{only}",
         "",
         f"{what['date'][:10]}, commit {what['commit']}, {versions}; {len(run.figures)} figures in "
         f"`bench/results/{path.name}`.",

@@ -294,7 +294,7 @@ def test_plans_cover_steps_types_dtypes_and_sizes(device):
     assert {case.pattern.sparsity_type for case in every} == set(SPARSITY_TYPES)
     assert {"bfloat16", "float16", "float32"} <= {case.dtype_name for case in every}
     assert {"layer", "base", "large"} <= {case.size_name for case in every}
-    assert max(case.tokens for case in every) == (131072 if device == "cuda" else 16384)
+    assert max(case.tokens for case in every) == 131072
     assert any(case.step == TRAIN and case.batch == 4 and case.tokens == 4096 for case in every)
     assert len({section.title for section in sections}) == len(sections)
     quick = {case for section in cases.plan(device, quick=True) for case in section.cases}

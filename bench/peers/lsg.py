@@ -28,7 +28,7 @@ from lsg_attn.fused import limits as triton_limits
 
 _LOOKS = {  # label and color of each implementation
     "triton": ("ours, Triton", "#d62728"),
-    "cpp": ("ours, C++", "#d62728"),
+    "cpp": ("ours, C++", "#ff9896"),
     "torch": ("ours, PyTorch", "#e377c2"),
     "reference": ("ours, the dense reference", "#c5b0d5"),
 }
