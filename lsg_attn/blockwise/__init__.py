@@ -1,1 +1,1 @@
-"""The block-wise implementation, in PyTorch: fast on a CPU, right on any device."""
+"""The block-wise implementations: in C++, fast on CPUs that it is compiled for, and in PyTorch, on any device."""
