@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import peers, tune
+from bench import flops, peers, tune
 from bench.cases import BACKWARD, FORWARD, SIZES, Section, TimedCase
 from bench.flops import LARGE
 from bench.gpu.rehearsal import Event
@@ -34,7 +34,7 @@ def gpu(monkeypatch):
 def test_kernels_have_times_ratios_and_peaks(step, monkeypatch):
     monkeypatch.setattr("bench.subject.CHECK_TOKENS", 96)
     monkeypatch.setitem(SIZES, "tiny", Size(32, 1, 2, 32))
-    monkeypatch.setattr("bench.flops._GPU_ROWS", 16)
+    monkeypatch.setitem(flops._ROWS, "cuda", 16)
     case = replace(CASE, step=step)
     result = measure(Section("s", (case,), seconds=0, least=1, memory=(96,)), case, ["lsg triton", "dense"], {})
     assert result.failures == []
