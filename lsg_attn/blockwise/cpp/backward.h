@@ -12,10 +12,9 @@ namespace lsg {
 template <typename T>
 class Backward {
  public:
-  Backward(const Inputs& in, const Gradients& grads)
+  Backward(const Inputs& in, const Sizes& most, const Gradients& grads)
       : in_(in), grads_(grads), width_(in.head_dim()), scale_((float)in.scale) {
-    const auto [queries, keys] = in.largest();
-    const int64_t padded = round_up(queries, kLanes), ld = stride_of(keys);
+    const int64_t padded = round_up(most.queries, kLanes), ld = stride_of(most.keys);
     for (Side* side : {&query_, &dout_}) {
       side->rows = scratch_.take<T>(padded * width_);
       side->columns = scratch_.take<float>(width_ / kPerWord<T> * padded);
@@ -89,17 +88,15 @@ class Backward {
 
   // Probabilities, and what they get from dout; both 0 where a key is not visible.
   void find_probs(const Run& run, const Block& block) {
-    int64_t done = 0;
-    for (const Segment& segment : run.segments) {
+    for (const Piece& piece : run.pieces) {
       const auto multiply = [&](const T* rows, int64_t stride, const Side& side, float* out) {
         at::native::cpublas::brgemm(
-            segment.size, padded_, width_, stride, padded_, padded_, false, rows + segment.start * stride,
-            reinterpret_cast<const T*>(side.columns), out + done * padded_);
+            piece.size, padded_, width_, stride, padded_, padded_, false, rows + piece.start * stride,
+            reinterpret_cast<const T*>(side.columns), out + piece.first * padded_);
       };
-      const Source<T>& x = from_[segment.source];
+      const Source<T>& x = from_[piece.source];
       multiply(x.key, x.key_stride, query_, probs_);
       multiply(x.value, x.value_stride, dout_, dprobs_);
-      done += segment.size;
     }
     in_.find_first_queries(from_, run, block, first_query_);
     for (int64_t n = 0; n < run.keys; ++n)
@@ -150,31 +147,24 @@ class Backward {
 
   // What keys and values get from the block.
   void add_rows(const Run& run, int64_t head, int64_t group) {
-    int64_t done = 0;
-    for (const Segment& segment : run.segments) {
+    for (const Piece& piece : run.pieces) {
       const auto add = [&](float* scores, const Side& side, int64_t which) {
         at::native::cpublas::brgemm(
-            segment.size, width_, padded_, padded_ * kPerWord<T>, width_, width_, true, row_of(scores, done), side.rows,
-            grads_.rows_of(segment.source, group, which, head) + segment.start * width_);
+            piece.size, width_, padded_, padded_ * kPerWord<T>, width_, width_, true, row_of(scores, piece.first),
+            side.rows, grads_.rows_of(piece.source, group, which, head) + piece.start * width_);
       };
       add(dprobs_, query_, 0);
       add(probs_, dout_, 1);
-      done += segment.size;
     }
   }
 
   // What queries get: (head_dim, keys) times (keys, queries).
   void multiply_keys(const Run& run, bool is_first) {
     const int64_t ld = stride_of(run.keys);
-    int64_t done = 0;
-    for (const Segment& segment : run.segments) {
-      const Source<T>& x = from_[segment.source];
-      transpose_words(x.key + segment.start * x.key_stride, x.key_stride, segment.size, width_, key_words_ + done, ld);
-      done += segment.size;
-    }
-    if constexpr (kPerWord<T> == 2) split_words(done, ld);
+    transpose_keys(from_, run, width_, key_words_, ld);
+    if constexpr (kPerWord<T> == 2) split_words(run.keys, ld);
     at::native::cpublas::brgemm(
-        width_, padded_, round_up(done, kPerWord<T>), ld, padded_, padded_, !is_first, key_, dscores_, dquery_);
+        width_, padded_, round_up(run.keys, kPerWord<T>), ld, padded_, padded_, !is_first, key_, dscores_, dquery_);
   }
 
   // key (head_dim, ld) from key_words, which have two elements of a key each; a key that fills up a pair is 0.

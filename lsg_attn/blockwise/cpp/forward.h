@@ -13,10 +13,9 @@ namespace lsg {
 template <typename T>
 class Forward {
  public:
-  Forward(const Inputs& in, Tensor& out, Tensor& lse)
+  Forward(const Inputs& in, const Sizes& most, Tensor& out, Tensor& lse)
       : in_(in), out_(out), lse_(lse), width_(in.head_dim()), scale_((float)in.scale * kLog2e) {
-    const auto [queries, keys] = in.largest();
-    const int64_t ld = stride_of(keys);
+    const int64_t queries = most.queries, ld = stride_of(most.keys);
     query_ = scratch_.take<T>(queries * width_);
     key_ = scratch_.take<float>(width_ / kPerWord<T> * ld);
     value_ = scratch_.take<T>(ld * width_);
@@ -62,15 +61,13 @@ class Forward {
 
  private:
   void gather(const Sources<T>& from, const Run& run, int64_t ld) {
-    int64_t done = 0;
-    for (const Segment& segment : run.segments) {
-      const Source<T>& x = from[segment.source];
-      transpose_words(x.key + segment.start * x.key_stride, x.key_stride, segment.size, width_, key_ + done, ld);
-      pack_rows(x.value + segment.start * x.value_stride, x.value_stride, done, segment.size, width_, value_);
-      done += segment.size;
+    transpose_keys(from, run, width_, key_, ld);
+    for (const Piece& piece : run.pieces) {
+      const Source<T>& x = from[piece.source];
+      pack_rows(x.value + piece.start * x.value_stride, x.value_stride, piece.first, piece.size, width_, value_);
     }
-    if (done % kPerWord<T>)  // the last pair has one row
-      for (int64_t c = 0; c < width_; ++c) value_[(done - 1) * width_ + 2 * c + 1] = 0;
+    if (run.keys % kPerWord<T>)  // the last pair has one row
+      for (int64_t c = 0; c < width_; ++c) value_[(run.keys - 1) * width_ + 2 * c + 1] = 0;
   }
 
   // Turns a row of scores into powers of two less than or equal to 1, in T and in place, 0 where a key is not visible.

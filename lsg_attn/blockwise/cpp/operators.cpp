@@ -51,11 +51,12 @@ void forward(
     const std::optional<Tensor>& keep, const std::optional<Tensor>& slot_keep, const Tensor& blocks,
     const Tensor& segments, double scale, int64_t causal_from, Tensor out, Tensor lse) {
   const Inputs in{query, key, value, slots, keep, slot_keep, blocks, segments, scale, causal_from};
+  const Sizes most = in.largest();
   const int64_t per_head = blocks.size(0);
   with_type_of(query, [&](auto zero) {
     at::parallel_for(0, in.heads() * per_head, 1, [&](int64_t begin, int64_t end) {
       const Release release;
-      Forward<decltype(zero)> work(in, out, lse);
+      Forward<decltype(zero)> work(in, most, out, lse);
       for (int64_t i = begin; i < end; ++i) work.attend(i / per_head, in.block(i % per_head));
     });
   });
@@ -69,11 +70,12 @@ void backward(
     Tensor dsequence, const std::optional<Tensor>& dslots) {
   const Inputs in{query, key, value, slots, keep, slot_keep, blocks, segments, scale, causal_from};
   const Gradients grads{lse, dout, dquery, dsequence, dslots};
+  const Sizes most = in.largest();
   const int64_t per_head = blocks.size(0), groups = dsequence.size(0);
   with_type_of(query, [&](auto zero) {
     at::parallel_for(0, in.heads() * groups, 1, [&](int64_t begin, int64_t end) {
       const Release release;
-      Backward<decltype(zero)> work(in, grads);
+      Backward<decltype(zero)> work(in, most, grads);
       for (int64_t i = begin; i < end; ++i) {
         const int64_t head = i / groups, group = i % groups;
         for (int64_t b = group * per_head / groups; b < (group + 1) * per_head / groups; ++b)

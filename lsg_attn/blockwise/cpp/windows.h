@@ -86,10 +86,14 @@ struct Block {
   int64_t first, last;  // the segments of its window
 };
 
+struct Piece : Segment {
+  int64_t first;  // its place among the keys of its run
+};
+
 // As much of a window as is taken at once.
 struct Run {
   int64_t keys = 0;
-  std::vector<Segment> segments;
+  std::vector<Piece> pieces;
 };
 
 // A source of keys, of one head. ``keep`` is null where all rows are visible.
@@ -102,6 +106,20 @@ struct Source {
 
 template <typename T>
 using Sources = std::array<Source<T>, 2>;
+
+// out (width / kPerWord, ld) = the transpose of a run's keys, in words.
+template <typename T>
+void transpose_keys(const Sources<T>& from, const Run& run, int64_t width, float* out, int64_t ld) {
+  for (const Piece& piece : run.pieces) {
+    const Source<T>& x = from[piece.source];
+    transpose_words(x.key + piece.start * x.key_stride, x.key_stride, piece.size, width, out + piece.first, ld);
+  }
+}
+
+// Queries of the largest block and keys of the largest run.
+struct Sizes {
+  int64_t queries = 0, keys = 0;
+};
 
 struct Inputs {
   const Tensor &query, &key, &value;             // (heads, G+T, head_dim)
@@ -139,12 +157,12 @@ struct Inputs {
     for (int64_t i = block.first; i < block.last; ++i)
       for (Segment rest = all[i]; rest.size > 0;) {
         if (out.empty() || out.back().keys == kMaxKeys) out.emplace_back();
-        Segment piece = rest;
-        piece.size = std::min(rest.size, kMaxKeys - out.back().keys);
-        out.back().segments.push_back(piece);
-        out.back().keys += piece.size;
-        rest.start += piece.size;
-        rest.size -= piece.size;
+        Run& run = out.back();
+        const int64_t size = std::min(rest.size, kMaxKeys - run.keys);
+        run.pieces.push_back({{rest.source, rest.start, size}, run.keys});
+        run.keys += size;
+        rest.start += size;
+        rest.size -= size;
       }
     return out;
   }
@@ -155,10 +173,10 @@ struct Inputs {
   bool find_first_queries(const Sources<T>& from, const Run& run, const Block& block, int32_t* out) const {
     bool sees_all = true;
     int32_t* end = out;
-    for (const Segment& segment : run.segments)
-      for (int64_t row = segment.start; row < segment.start + segment.size; ++row, ++end) {
-        const bool* keep = from[segment.source].keep;
-        const bool is_later = segment.source == 0 && row >= causal_from;
+    for (const Piece& piece : run.pieces)
+      for (int64_t row = piece.start; row < piece.start + piece.size; ++row, ++end) {
+        const bool* keep = from[piece.source].keep;
+        const bool is_later = piece.source == 0 && row >= causal_from;
         *end = keep && !keep[row] ? kNever : is_later ? (int32_t)row : 0;
         sees_all = sees_all && *end <= block.start;
       }
@@ -166,13 +184,12 @@ struct Inputs {
     return sees_all;
   }
 
-  // Queries of the largest block and keys of the largest run.
-  std::array<int64_t, 2> largest() const {
-    std::array<int64_t, 2> out{};
+  Sizes largest() const {
+    Sizes out;
     for (int64_t i = 0; i < blocks.size(0); ++i) {
       const Block one = block(i);
-      out[0] = std::max(out[0], one.stop - one.start);
-      for (const Run& run : runs(one)) out[1] = std::max(out[1], run.keys);
+      out.queries = std::max(out.queries, one.stop - one.start);
+      for (const Run& run : runs(one)) out.keys = std::max(out.keys, run.keys);
     }
     return out;
   }
