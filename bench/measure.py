@@ -144,9 +144,7 @@ def _interleave(
 ) -> dict[str, list[float]]:
     """The seconds of the entries and the bounds; an entry that fails here is left out after all."""
     while entries and not result.is_gpu_lost:
-        steps = {name: entry.step for name, entry in entries.items()} | {
-            name: bound.step for name, bound in bounds.items()
-        }
+        steps = {name: timed.step for name, timed in (entries | bounds).items()}
         try:
             times = interleave(steps, clock, section.seconds, section.least)
             return times | {name: [bound.scale * x for x in times[name]] for name, bound in bounds.items()}
@@ -191,8 +189,7 @@ def _free(result: Result) -> None:
 def _of_times(
     case: TimedCase, times: dict[str, list[float]], name: str, ours: str | None, scores: int
 ) -> dict[str, Any]:
-    """A peer's figures: ``ratio`` is its time over ours, ``over_matmul`` its time over the large
-    product's.
+    """A peer's figures: ``ratio`` is its time over ours, ``over_matmul`` its time over one large product's.
 
     If ours failed, there is no ratio: a ratio to another of our implementations would be mistaken for it.
     """

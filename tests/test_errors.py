@@ -115,7 +115,11 @@ def test_bad_tensors(name):
         ({"dropout_p": "0.1"}, TypeError, "dropout_p: expected a number, got str"),
         ({"scale": float("nan")}, ValueError, "scale: expected a finite number, got nan"),
         ({"scale": torch.ones(1)}, TypeError, "scale: expected a number, got Tensor"),
-        ({"implementation": "cuda"}, ValueError, "'auto', 'triton', 'cpp', 'torch' or 'reference', got 'cuda'"),
+        (
+            {"implementation": "cuda"},
+            ValueError,
+            "expected 'auto', 'triton', 'cpp', 'torch' or 'reference', got 'cuda'",
+        ),
         ({"implementation": None}, TypeError, "implementation: expected a str, got NoneType"),
         (
             {"implementation": "triton"},
