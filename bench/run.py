@@ -57,7 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"bench.run: --out: {error.filename} exists already, and runs are not mixed")
         return 2
     console.print(" ".join(f"{name}: {value}." for name, value in writer.run.items()), markup=False)
-    total = _measure_all(console, writer, sections, options.peers, options.minutes)
+    # A GPU's plan keeps one process, also where it is tried on the CPU; a CPU's starts one for each case.
+    worker = fresh.Worker() if options.device == "cuda" else None
+    total = _measure_all(console, writer, sections, options.peers, options.minutes, worker)
+    if worker is not None:
+        worker.stop()
     writer.close()
     print_skipped(console, total.figures, total.skipped)
     console.print(f"written to {writer.path}", markup=False)
@@ -84,10 +88,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _measure_all(
-    console: Console, writer: Writer, sections: Sequence[Section], names: Sequence[str], minutes: float | None
-) -> Result:
+    console: Console, writer: Writer, sections: Sequence[Section], names: Sequence[str], minutes: float | None,
+    worker: fresh.Worker | None,
+) -> Result:  # fmt: skip
     total, end = Result(), float("inf") if minutes is None else time.monotonic() + 60 * minutes
-    worker = fresh.Worker()
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
     # Redrawn by hand: a drawing thread would take time from what is measured.
     with Progress(*columns, TimeElapsedColumn(), console=console, auto_refresh=False) as progress:
@@ -110,17 +114,16 @@ def _measure_all(
                 total.verdicts |= result.verdicts
                 progress.update(task, advance=1, refresh=True)
             print_section(console, section.title, figures)
-    worker.stop()
     return total
 
 
 def _measure(
-    section: Section, case: TimedCase, names: Sequence[str], verdicts: Verdicts, worker: fresh.Worker
+    section: Section, case: TimedCase, names: Sequence[str], verdicts: Verdicts, worker: fresh.Worker | None
 ) -> Result:
-    """Times and peaks of a case: on a CPU in new processes, on a GPU in the one worker."""
+    """Times and peaks of a case: in the one worker, or in new processes."""
     try:
-        if case.device == "cuda":
-            return _measure_on_gpu(section, case, names, verdicts, worker)
+        if worker is not None:
+            return _measure_in_worker(section, case, names, verdicts, worker)
         result = fresh.call(measure, section, case, names, verdicts)
     except Exception as error:  # the process was killed, for example for lack of memory, or the bound failed
         result = all_skipped(section, case, names, reason_of(error))
@@ -135,7 +138,7 @@ def _measure(
     return result
 
 
-def _measure_on_gpu(
+def _measure_in_worker(
     section: Section, case: TimedCase, names: Sequence[str], verdicts: Verdicts, worker: fresh.Worker
 ) -> Result:
     """Times and peaks of a case. A peer that makes the GPU unusable is left out, and the others start again."""
@@ -144,7 +147,7 @@ def _measure_on_gpu(
         return result
     worker.stop()
     left = [name for name in names if name not in {record["peer"] for record in result.skipped}]
-    again = _measure_on_gpu(section, case, left, result.verdicts, worker)
+    again = _measure_in_worker(section, case, left, result.verdicts, worker)
     return replace(again, skipped=result.skipped + again.skipped, failures=result.failures + again.failures)
 
 

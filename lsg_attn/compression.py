@@ -144,9 +144,14 @@ def compress(pattern: LSGPattern, tokens: Tokens) -> Compression | None:
 
 def compress_call(call: Call) -> Compression | None:
     """The compression of a call's keys, or None where no query sees a compressed key."""
+    return compress(call.pattern, tokens_of(call))
+
+
+def tokens_of(call: Call) -> Tokens:
+    """What the compression of a call may look at."""
     first = call.pattern.num_global_tokens
     query, key = call.query[:, :, first:], call.key[:, :, first:]
-    return compress(call.pattern, Tokens(query, key, call.keep()[:, first:], call.scale, call.projections or None))
+    return Tokens(query, key, call.keep()[:, first:], call.scale, call.projections or None)
 
 
 def bos_pooling_backward(
@@ -242,12 +247,8 @@ def _lsh(pattern: LSGPattern, tokens: Tokens) -> Compression:
     A round sends a row x to the argmax of [p, -p], p its products with random directions; rows of a bucket are
     summed and go on to the next round. A row's length does not move the argmax, so it is not normalised first.
     """
-    batch, heads, length = tokens.shape
-    directions = tokens.projections
-    if directions is None:
-        directions = lsh_directions(pattern, heads, tokens.key.shape[-1])
-    directions = [direction.detach().to(tokens.key.device, tokens.dtype) for direction in directions]
-    slot = torch.empty(batch, heads, length, dtype=torch.int64, device=tokens.key.device)
+    directions = directions_of(pattern, tokens)
+    slot = torch.empty(tokens.shape, dtype=torch.int64, device=tokens.key.device)
     scratch = Workspace(tokens.key, tokens.dtype)
     has_padding = [not keep.all() for keep in tokens.keep]
     for part in _parts(tokens):
@@ -256,7 +257,20 @@ def _lsh(pattern: LSGPattern, tokens: Tokens) -> Compression:
         if has_padding[entry]:
             x = x.masked_fill(~tokens.keep[entry].unsqueeze(-1), 0)
         slot[part] = _clusters(pattern, x, [direction[chosen] for direction in directions], scratch)
-    return _mean(tokens, slot, pattern.num_slots(length), _LSH_EPS)
+    return mean_of_clusters(pattern, tokens, slot)
+
+
+def directions_of(pattern: LSGPattern, tokens: Tokens) -> list[Tensor]:
+    """The directions of each hashing round, in the dtype of weights: those of the call, or else of the seed."""
+    directions = tokens.projections
+    if directions is None:
+        directions = lsh_directions(pattern, tokens.shape[1], tokens.key.shape[-1])
+    return [direction.detach().to(tokens.key.device, tokens.dtype) for direction in directions]
+
+
+def mean_of_clusters(pattern: LSGPattern, tokens: Tokens, slot: Tensor) -> Compression:
+    """The map of ``lsh``, given each token's slot (batch, heads, T) int64."""
+    return _mean(tokens, slot, pattern.num_slots(tokens.shape[-1]), _LSH_EPS)
 
 
 def _clusters(pattern: LSGPattern, x: Tensor, directions: Sequence[Tensor], scratch: Workspace) -> Tensor:

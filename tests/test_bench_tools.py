@@ -27,11 +27,15 @@ RUN = RESULTS / "amd-epyc.jsonl"
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory):
-    """Status, file and printed text of a dry run: every case of the GPU's plan, with tiny shapes on the CPU."""
+    """Status, file and printed text of a dry run: every case of the GPU's plan, with tiny shapes on the CPU.
+
+    Nothing is compiled for it by torch.compile, which would take a minute; test_bench.py checks FlexAttention compiled.
+    """
     path = tmp_path_factory.mktemp("bench") / "dry.jsonl"
     console = Console(record=True, width=140)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "Console", lambda **_: console)
+        patch.setenv("TORCHDYNAMO_DISABLE", "1")
         code = run.main(["--device", "cuda", "--dry-run", "--out", str(path)])
     return code, path, console.export_text()
 
@@ -98,7 +102,8 @@ def measured(monkeypatch, *results, peak=lambda name, case: 1):
     def measure_on(device):
         (case,) = SECTION.cases
         names = ["lsg torch", "dense", "flex"]
-        return run._measure(SECTION, replace(case, device=device), names, {}, worker), asked_for
+        in_worker = worker if device == "cuda" else None
+        return run._measure(SECTION, replace(case, device=device), names, {}, in_worker), asked_for
 
     return measure_on
 

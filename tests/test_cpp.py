@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from strategies import AWKWARD_SHAPES, cases
 
 from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
-from lsg_attn.blockwise import library
+from lsg_attn.blockwise import compiled, eager, library
+from lsg_attn.call import Call
 from lsg_attn.testing import TOLERANCES, Inputs, make_inputs, relative_rms, run_attention, run_reference
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +70,23 @@ def test_blocks_and_windows_that_are_taken_in_pieces(dtype, causal):
     """More than 128 queries in a block, and more than 1,024 keys, an odd number, in a window; and the globals' rows."""
     pattern = LSGPattern(300, 300, 2, "pooling", 3, causal=causal)
     check(make_inputs(1, 2, 3 + 1700, 18, dtype, "ends", garbage=1e3, num_kept=4), pattern)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rounds", [0, 2])
+@pytest.mark.parametrize(("block", "chunk", "factor"), [(128, 128, 2), (200, 100, 4), (6, 6, 2), (60, 60, 30)])
+def test_the_hash_is_that_of_pytorch(block, chunk, factor, rounds, dtype):
+    """Rounds of 1 to 64 directions; chunks of which the last is cut."""
+    pattern = LSGPattern(block, chunk, factor, "lsh", 1, lsh_num_pre_rounds=rounds)
+    x = make_inputs(2, 3, 5 * block // 2 + 2, 20, dtype, "middle", garbage=1e3, num_kept=2)
+    mask = x.attention_mask
+    call = Call(x.query, x.key, x.value, mask, None, (), 0.0, 1.0, pattern)
+    got, expected = (steps.compress(call) for steps in (compiled, eager))
+    kept = mask[:, None, 1:].bool().expand_as(expected.slot)
+    assert torch.equal(got.slot[kept], expected.slot[kept])
+    assert torch.equal(got.weight, expected.weight)
+    assert torch.equal(got.keep, expected.keep)
 
 
 @needs_library

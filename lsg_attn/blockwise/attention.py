@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..compression import Compression, compress_call
+from ..compression import Compression
 from . import compiled, eager
 from .limits import unsupported_reasons
 
@@ -26,7 +26,8 @@ def blockwise_attention(call: Call, implementation: str) -> Tensor:
     call = replace(call, attention_mask=call.keep())  # a copy: the caller may write to its mask before the backward
     inputs = (call.query, call.key, call.value, call.attention_mask, call.seed)
     options = (call.dropout_p, call.scale, call.pattern)
-    how = (_STEPS[implementation], torch.get_num_threads(), _compress(call))
+    steps = _STEPS[implementation]
+    how = (steps, torch.get_num_threads(), _compress(steps, call))
     out: Tensor = _BlockwiseAttention.apply(*inputs, options, *how)  # type: ignore[no-untyped-call]
     return out
 
@@ -38,13 +39,15 @@ def blockwise_forward(call: Call) -> tuple[Tensor, Tensor]:
         out (batch, heads, G+T, head_dim), and lse (batch, heads, G+T) float32 or float64, +inf where a query sees
         nothing. :func:`blockwise_backward` has the gradients.
     """
-    out, lse = _steps_of(call).forward(call, _compress(call), _threads(call))
+    steps = _steps_of(call)
+    out, lse = steps.forward(call, _compress(steps, call), _threads(call))
     return out, lse
 
 
 def blockwise_backward(call: Call, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value of :func:`blockwise_forward`, from its lse and the gradient of out."""
-    dquery, dkey, dvalue = _steps_of(call).backward(call, _compress(call), _threads(call), lse, dout)
+    steps = _steps_of(call)
+    dquery, dkey, dvalue = steps.backward(call, _compress(steps, call), _threads(call), lse, dout)
     return dquery, dkey, dvalue
 
 
@@ -60,9 +63,10 @@ def _threads(call: Call) -> int:
     return call.query.shape[1] if call.dropout_p else torch.get_num_threads()
 
 
-def _compress(call: Call) -> Compression | None:
+def _compress(steps: ModuleType, call: Call) -> Compression | None:
     with torch.no_grad():
-        return compress_call(call)
+        compression: Compression | None = steps.compress(call)
+        return compression
 
 
 class _BlockwiseAttention(torch.autograd.Function):

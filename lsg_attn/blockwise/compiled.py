@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..compression import Compression
+from ..compression import Compression, compress_call, directions_of, mean_of_clusters, tokens_of
 from ..pattern import LSGPattern
 from . import library
 from .layout import Layout
@@ -25,6 +25,24 @@ _QUERIES = 128  # at most of a block at a time
 _PART_ELEMENTS = 1 << 19  # of keys whose heads are taken together
 
 
+def compress(call: Call) -> Compression | None:
+    """The compression of the call's keys, or None."""
+    if not call.rule.is_hashed:
+        return compress_call(call)
+    tokens = tokens_of(call)
+    directions = [x.contiguous() for x in directions_of(call.pattern, tokens)]
+    slot = torch.empty(tokens.shape, dtype=torch.int64)
+    for entry, keep in enumerate(tokens.keep):
+        key = tokens.key[entry]
+        if key.stride(-1) != 1 or key.dtype == torch.float16:
+            key = key.to(tokens.dtype).contiguous()
+        torch.ops.lsg_attn_cpp.hash_slots(
+            key, None if keep.all() else keep.contiguous(), directions, call.pattern.lsh_buckets, call.pattern.chunk,
+            slot[entry],
+        )  # fmt: skip
+    return mean_of_clusters(call.pattern, tokens, slot)
+
+
 def forward(call: Call, compression: Compression | None, threads: int) -> tuple[Tensor, Tensor]:
     """The output and the log-sum-exp of the scores."""
     batch, heads, length, head_dim = call.query.shape
@@ -32,7 +50,7 @@ def forward(call: Call, compression: Compression | None, threads: int) -> tuple[
     out = call.query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
     torch.ops.lsg_attn_cpp.advise_huge_pages(out)
     lse = call.query.new_empty(batch, heads, length, dtype=torch.float32)
-    sweep = _sweep(call, compression, threads)
+    sweep = _Sweep(call, compression, threads)
     for part in sweep.parts():
         with _written(sweep, "out", part.of(out)) as rows:
             torch.ops.lsg_attn_cpp.forward(*_inputs(sweep, part), rows, part.of(lse))
@@ -46,7 +64,7 @@ def backward(
     dquery, dkey, dvalue = (torch.empty_like(x) for x in (call.query, call.key, call.value))
     for x in (dquery, dkey, dvalue):
         torch.ops.lsg_attn_cpp.advise_huge_pages(x)
-    sweep = _sweep(call, compression, threads)
+    sweep = _Sweep(call, compression, threads)
     for part in sweep.parts():
         heads = part.query.shape[0]
         groups = math.ceil(threads / heads)
@@ -61,13 +79,24 @@ def backward(
     return dquery, dkey, dvalue
 
 
-def _sweep(call: Call, compression: Compression | None, threads: int) -> Sweep:
-    is_bfloat16 = call.query.dtype == torch.bfloat16 and library.has_bfloat16_products()
-    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
-    return Sweep(call, compression, threads, dtype, _PART_ELEMENTS)
+class _Sweep(Sweep):
+    """The sweep over fewer heads at a time, whose slots are summed by the C++."""
+
+    part_elements = _PART_ELEMENTS
+
+    def __init__(self, call: Call, compression: Compression | None, threads: int) -> None:
+        is_bfloat16 = call.query.dtype == torch.bfloat16 and library.has_bfloat16_products()
+        super().__init__(call, compression, threads, torch.bfloat16 if is_bfloat16 else torch.float32)
+
+    def sum_slots(self, x: Tensor, compression: Compression, out: Tensor) -> None:
+        """See :class:`Sweep`."""
+        if x.dtype == torch.float16 or x.stride(-1) != 1:
+            super().sum_slots(x, compression, out)
+        else:
+            torch.ops.lsg_attn_cpp.sum_slots(x, compression.slot, compression.weight, out)
 
 
-def _inputs(sweep: Sweep, part: Part) -> tuple[Tensor | float | int | None, ...]:
+def _inputs(sweep: _Sweep, part: Part) -> tuple[Tensor | float | int | None, ...]:
     """The arguments that both operators begin with."""
     call, heads = sweep.call, part.query.shape[0]
     blocks, segments = _tables(call.pattern, sweep.layout.length)
@@ -80,7 +109,7 @@ def _inputs(sweep: Sweep, part: Part) -> tuple[Tensor | float | int | None, ...]
     )  # fmt: skip
 
 
-def _rows(sweep: Sweep, name: str, x: Tensor) -> Tensor:
+def _rows(sweep: _Sweep, name: str, x: Tensor) -> Tensor:
     """x (..., rows, head_dim) in the dtype of products, rows in one piece and an even number of elements apart."""
     is_fit = x.stride(-1) == 1 and x.stride(-2) >= x.shape[-1] and (x.stride(-2) % 2 == 0 or x.dtype == torch.float32)
     if is_fit and x.dtype == sweep.work.dtype:
@@ -89,7 +118,7 @@ def _rows(sweep: Sweep, name: str, x: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _written(sweep: Sweep, name: str, x: Tensor) -> Iterator[Tensor]:
+def _written(sweep: _Sweep, name: str, x: Tensor) -> Iterator[Tensor]:
     """x, or memory in the dtype of products that is copied to x at the end."""
     if x.dtype == sweep.work.dtype and x.stride(-1) == 1:
         yield x

@@ -16,13 +16,18 @@ import torch
 from torch import Tensor
 
 from ..call import Call
-from ..compression import Compression
+from ..compression import Compression, compress_call
 from ..workspace import matmul_out
 from .sweep import Sweep, Tile
 
 _LOG2E = 1.0 / math.log(2.0)
 # The sums of powers of two that need no maximum: no power overflows, and what underflows is too small to count.
 _LEAST_SUM, _MOST_SUM = 2.0**-40, 2.0**40
+
+
+def compress(call: Call) -> Compression | None:
+    """The compression of the call's keys, or None."""
+    return compress_call(call)
 
 
 def forward(call: Call, compression: Compression | None, threads: int) -> tuple[Tensor, Tensor]:

@@ -18,8 +18,6 @@ from .layout import Layout, Windows
 # Scores computed at a time: for each thread of a CPU, as many as its own cache holds about once; a GPU wants more work
 # in each launch.
 _CPU_SCORES, _GPU_SCORES = 1 << 19, 1 << 25
-# Elements of keys whose heads are taken together: slots and gradients of a part are kept in memory of their own.
-_PART_ELEMENTS = 1 << 23
 # Whether oneDNN has products of a dtype for this processor. Without them, PyTorch's take up to 70 times as long.
 _SUPPORTS_PRODUCTS_OF: dict[torch.dtype, Callable[[], bool]] = {
     torch.bfloat16: lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
@@ -105,14 +103,15 @@ class Tile:
 class Sweep:
     """The order in which forward and backward go over parts and tiles, and the memory that they use again.
 
-    ``threads``: of the CPU, to share heads out over; ``dtype``: of products; ``part_elements``: of the keys of a part.
-    The same arguments give the same order.
+    ``threads``: of the CPU, to share heads out over; ``dtype``: of products. The same arguments give the same order.
     """
 
+    # Elements of keys whose heads are taken together: slots and gradients of a part are kept in memory of their own.
+    part_elements = 1 << 23
+
     def __init__(
-        self, call: Call, compression: Compression | None, threads: int, dtype: torch.dtype | None = None,
-        part_elements: int = _PART_ELEMENTS,
-    ) -> None:  # fmt: skip
+        self, call: Call, compression: Compression | None, threads: int, dtype: torch.dtype | None = None
+    ) -> None:
         self.call, self.compression, self.keep = call, compression, call.keep()
         query, pattern = call.query, call.pattern
         self.layout = layout = Layout(pattern, query.shape[-2])
@@ -121,7 +120,7 @@ class Sweep:
         _, heads, length, head_dim = query.shape
         on_cpu = query.device.type == "cpu"
         self.budget = threads * _CPU_SCORES if on_cpu else _GPU_SCORES
-        turns = max(part_elements // max(length * head_dim * threads, 1), 1)
+        turns = max(self.part_elements // max(length * head_dim * threads, 1), 1)
         self.head_spans = list(_spans(heads, turns * threads))
         self.scores_of_block = max(pattern.block_size * layout.largest_window, 1)  # in each head
 
@@ -229,19 +228,22 @@ class Sweep:
         """The slots (2, heads, N, head_dim) of keys and of values (heads, G+T, head_dim)."""
         heads, length, head_dim = key.shape
         slots = self.work.empty("slots", 2, heads, self.layout.num_slots, head_dim, dtype=key.dtype)
-        first, step = self.call.pattern.num_global_tokens, torch.get_num_threads()
+        first = self.call.pattern.num_global_tokens
         for x, out in zip((key, value), slots, strict=True):
             if compression.token is not None:
                 index = self._flat(compression.token, length, 1)
                 torch.index_select(x.reshape(-1, head_dim), 0, index, out=out.view(-1, head_dim))
-                continue
-            for start, stop in _spans(heads, step):
-                weight = compression.weight[start:stop, :, None]
-                weighted = self.work.empty("weighted", stop - start, length - first, head_dim, dtype=self.sum_dtype)
-                torch.mul(x[start:stop, first:], weight, out=weighted)
-                sums = self.work.empty("sums", stop - start, *out.shape[1:], dtype=self.sum_dtype)
-                out[start:stop] = sum_rows(weighted, compression.slot[start:stop], sums.zero_())
+            else:
+                self.sum_slots(x[:, first:], compression, out)
         return slots
+
+    def sum_slots(self, x: Tensor, compression: Compression, out: Tensor) -> None:
+        """Write to out (heads, N, head_dim) the sums that a compression makes of x (heads, T, head_dim)."""
+        for start, stop in _spans(x.shape[0], torch.get_num_threads()):
+            weighted = self.work.empty("weighted", stop - start, *x.shape[1:], dtype=self.sum_dtype)
+            torch.mul(x[start:stop], compression.weight[start:stop, :, None], out=weighted)
+            sums = self.work.empty("sums", stop - start, *out.shape[1:], dtype=self.sum_dtype)
+            out[start:stop] = sum_rows(weighted, compression.slot[start:stop], sums.zero_())
 
     def _flat(self, token: Tensor, length: int, copies: int) -> Tensor:
         """Where the tokens (heads, N) are among the rows of ``copies`` times (heads, length); of none, some row."""

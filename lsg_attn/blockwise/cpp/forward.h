@@ -77,18 +77,23 @@ class Forward {
     T* powers = reinterpret_cast<T*>(scores);  // never ahead of what is read
     const int64_t plain = sees_all ? keys / kLanes * kLanes : 0;
     const auto is_seen = [&](int64_t i) { return load<Ints>(first_query_ + i) <= (int32_t)query; };
+    const auto raise = [&](Floats& most, int64_t i, bool is_plain) {
+      const Floats x = load<Floats>(scores + i) * scale_;
+      most = is_plain ? max(most, x) : is_seen(i) & (x > most) ? x : most;
+    };
     Floats most = Floats{} + max_[r], other = most;  // two chains: each waits for itself
     int64_t start = 0;
     for (; start + 2 * kLanes <= plain; start += 2 * kLanes) {
-      most = max(most, load<Floats>(scores + start) * scale_);
-      other = max(other, load<Floats>(scores + start + kLanes) * scale_);
+      raise(most, start, true);
+      raise(other, start + kLanes, true);
     }
+    for (; start < plain; start += kLanes) raise(most, start, true);
+    for (; start + kLanes < keys; start += 2 * kLanes) {
+      raise(most, start, false);
+      raise(other, start + kLanes, false);
+    }
+    if (start < keys) raise(most, start, false);
     most = max(most, other);
-    for (; start < plain; start += kLanes) most = max(most, load<Floats>(scores + start) * scale_);
-    for (int64_t i = plain; i < keys; i += kLanes) {
-      const Floats x = load<Floats>(scores + i) * scale_;
-      most = is_seen(i) & (x > most) ? x : most;
-    }
     const float shift = max_of(most);
     Floats sum = {};
     for (int64_t i = 0; i < plain; i += kLanes) {

@@ -1,4 +1,5 @@
-// The operators: blocks of queries against windows of keys, forward and backward, on all threads; and huge pages.
+// The operators: blocks of queries against windows of keys, forward and backward, and what makes compressed keys, on all
+// threads; and huge pages.
 
 #include <ATen/Parallel.h>
 #include <sys/mman.h>
@@ -6,6 +7,7 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "slots.h"
 
 namespace lsg {
 namespace {
@@ -85,6 +87,46 @@ void backward(
   });
 }
 
+// Hashes keys (heads, T, head_dim) in chunks, and writes the slot of each token to slot (heads, T).
+void hash_slots(
+    const Tensor& key, const std::optional<Tensor>& keep, const std::vector<Tensor>& directions,
+    at::IntArrayRef buckets, int64_t chunk, Tensor slot) {
+  const int64_t length = key.size(1), chunks = (length + chunk - 1) / chunk;
+  with_type_of(key, [&](auto zero) {
+    at::parallel_for(0, key.size(0) * chunks, 1, [&](int64_t begin, int64_t end) {
+      const Release release;
+      Hash<decltype(zero)> work(key, keep, directions, buckets, chunk);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t head = i / chunks, c = i % chunks;
+        work.find_slots(
+            head, c * chunk, c * buckets.back(), slot.mutable_data_ptr<int64_t>() + head * length + c * chunk);
+      }
+    });
+  });
+}
+
+// out (heads, N, head_dim) = the rows of x (heads, T, head_dim), each times its weight, summed by slot.
+void sum_slots(const Tensor& x, const Tensor& slot, const Tensor& weight, Tensor out) {
+  const int64_t rows = x.size(1), width = x.size(2), num_slots = out.size(1);
+  with_type_of(x, [&](auto zero) {
+    using T = decltype(zero);
+    at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
+      Scratch scratch;
+      float* sums = scratch.take<float>(num_slots * width);
+      for (int64_t head = begin; head < end; ++head) {
+        const T* row = x.const_data_ptr<T>() + head * x.stride(0);
+        const int64_t* slots = slot.const_data_ptr<int64_t>() + head * slot.stride(0);
+        const float* weights = weight.const_data_ptr<float>() + head * weight.stride(0);
+        std::fill_n(sums, num_slots * width, 0.0f);
+        for (int64_t i = 0; i < rows; ++i)
+          add_scaled(row + i * x.stride(1), weights[i * weight.stride(1)], width, sums + slots[i * slot.stride(1)] * width);
+        T* target = out.mutable_data_ptr<T>() + head * out.stride(0);
+        write_scaled(sums, 1, num_slots * width, target);
+      }
+    });
+  });
+}
+
 }  // namespace
 }  // namespace lsg
 
@@ -97,6 +139,10 @@ TORCH_LIBRARY(lsg_attn_cpp, m) {
       ", Tensor lse, Tensor dout, Tensor(a!) dquery, Tensor(b!) dsequence, Tensor(c!)? dslots) -> ()";
   m.def("has_bfloat16_products() -> bool", &lsg::has_bfloat16_products);
   m.def("advise_huge_pages(Tensor x) -> ()", &lsg::advise_huge_pages);
+  m.def(
+      "hash_slots(Tensor key, Tensor? keep, Tensor[] directions, int[] buckets, int chunk, Tensor(a!) slot) -> ()",
+      &lsg::hash_slots);
+  m.def("sum_slots(Tensor x, Tensor slot, Tensor weight, Tensor(a!) out) -> ()", &lsg::sum_slots);
   m.def(forward.c_str(), &lsg::forward);
   m.def(backward.c_str(), &lsg::backward);
 }
