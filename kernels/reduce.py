@@ -9,11 +9,11 @@ from .primitives import LN2, Rows, is_kept, load_rows, mask_of, one_row, rows_at
 
 @triton.jit(do_not_specialize=SIZES)
 def _lsg_bwd_sums_kernel(
-    out_ptr, dout_ptr, lse_ptr, sums_ptr,
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, sums_ptr,
     out_strides, dout_strides, num_heads, num_tokens,
     NUM_GLOBALS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The sums of BLOCK_M queries of one head: the log-sum-exp in base 2; and delta, the sum of out * dout.
+    """The sums of BLOCK_M queries of one head: the log-sum-exp in base 2; and delta, the sum of out * dout less dlse.
 
     Grid: batch * heads * (sums_rows / BLOCK_M). Writes ``sums`` (batch, heads, sums_rows, 2) float32.
     """
@@ -28,6 +28,8 @@ def _lsg_bwd_sums_kernel(
     dout = load_rows(head_rows(dout_ptr, dout_strides, head, True), first, offs_m, inside, offs_d, HEAD_DIM)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     lse = tl.load(lse_ptr + head.flat * length + first + offs_m, mask=inside, other=float("inf"))
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + head.flat * length + first + offs_m, mask=inside, other=0.0)
     sums_ptr += (head.flat * rows + first_row) * 2
     tl.store(sums_ptr + 2 * offs_m, lse / LN2)
     tl.store(sums_ptr + 2 * offs_m + 1, delta)

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +25,18 @@ _IMPLEMENTATIONS = ("auto", "triton", "cpp", "torch", "reference")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+@overload
+def lsg_attention(
+    query: Tensor, key: Tensor, value: Tensor, pattern: LSGPattern, attention_mask: Tensor | None = ...,
+    dropout_p: float = ..., scale: float | None = ..., implementation: str = ...,
+    lsh_projections: Sequence[Tensor] | None = ..., *, return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+@overload
+def lsg_attention(
+    query: Tensor, key: Tensor, value: Tensor, pattern: LSGPattern, attention_mask: Tensor | None = ...,
+    dropout_p: float = ..., scale: float | None = ..., implementation: str = ...,
+    lsh_projections: Sequence[Tensor] | None = ..., *, return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def lsg_attention(
     query: Tensor,
     key: Tensor,
@@ -34,7 +47,9 @@ def lsg_attention(
     scale: float | None = None,
     implementation: str = "auto",
     lsh_projections: Sequence[Tensor] | None = None,
-) -> Tensor:
+    *,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Local + Sparse + Global attention (arXiv 2210.15497): one softmax over a window, compressed and global keys.
 
     Differentiable in query, key and value: once and by reverse mode with ``"triton"``, ``"cpp"`` and ``"torch"``;
@@ -59,11 +74,14 @@ def lsg_attention(
             quadratic in length), or ``"auto"``, the first of these that can run.
         lsh_projections: for ``lsh``, the random directions of each round in order, each (heads, head_dim, m//2) for
             the round's m = ``pattern.lsh_buckets[i]`` buckets, instead of those of ``pattern.lsh_seed``.
+        return_lse: return the log-sum-exp as well, as merging with other attentions needs it. It is differentiable.
 
     Returns:
         (batch, heads, G+T, head_dim), of query's dtype, also under autocast. In float16 and bfloat16 ``"torch"`` and
         ``"reference"`` round scores and probabilities to that dtype, as the plain computation does; ``"triton"`` and
-        ``"cpp"`` only the probabilities.
+        ``"cpp"`` only the probabilities. With ``return_lse`` also (batch, heads, G+T) float32, or float64 for
+        float64 inputs: the natural log-sum-exp of each query's scaled scores, before dropout; -inf where it sees
+        nothing.
 
     Raises:
         TypeError: an argument is not of the type named above.
@@ -78,6 +96,8 @@ def lsg_attention(
             f"num_global_tokens: expected at most the sequence's length {length}, got {pattern.num_global_tokens}"
         )
     check_implementation(implementation)
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse: expected a bool, got {type_name(return_lse)}")
     check_mask(attention_mask, query, pattern.num_global_tokens)
     dropout_p = probability("dropout_p", dropout_p)
     scale = 1.0 / math.sqrt(head_dim) if scale is None else number("scale", scale)
@@ -94,9 +114,16 @@ def lsg_attention(
     if dropout_p and implementation != "reference":
         # On the CPU, so that its value reaches a launch without waiting for the device; a CUDA graph keeps it.
         call = replace(call, seed=torch.randint(1 << 62, (), device="cpu"))
+    out, lse = _attend(implementation, call)
+    if not return_lse:
+        return out
+    return out, lse.masked_fill(lse == torch.inf, -torch.inf)  # inside, +inf makes the probabilities of such a row 0
+
+
+def _attend(implementation: str, call: Call) -> tuple[Tensor, Tensor]:
     if implementation == "operator":
         return operator_attention(call)
-    with torch.autocast(query.device.type, enabled=False):  # the inputs' dtype is what is asked for
+    with torch.autocast(call.query.device.type, enabled=False):  # the inputs' dtype is what is asked for
         if implementation == "reference":
             return reference_attention(call)
         return blockwise_attention(call, implementation)

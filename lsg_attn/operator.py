@@ -18,13 +18,13 @@ _OPTIONS = (
 )
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attention_mask, Tensor? seed, Tensor[] projections"
 _SCHEMA = f"({_INPUTS}, {_OPTIONS}) -> Tensor[]"
-_BACKWARD_SCHEMA = f"(Tensor dout, Tensor[] results, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
+_BACKWARD_SCHEMA = f"(Tensor dout, Tensor? dlse, Tensor[] results, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
 
 
-def operator_attention(call: Call) -> Tensor:
-    """The answer to a call by the operator: by the kernels on a GPU, block-wise on a CPU."""
-    out: Tensor = torch.ops.lsg_attn.attention(*_arguments(call))[0]
-    return out
+def operator_attention(call: Call) -> tuple[Tensor, Tensor]:
+    """The output and the log-sum-exp by the operator: by the kernels on a GPU, block-wise on a CPU."""
+    out, lse, *_ = torch.ops.lsg_attn.attention(*_arguments(call))
+    return out, lse
 
 
 def _arguments(call: Call) -> tuple[Any, ...]:
@@ -70,15 +70,17 @@ def _attention(*arguments: Any) -> list[Tensor]:
         return list(blockwise_forward(call))
 
 
-def _attention_backward(dout: Tensor, results: list[Tensor], *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, from the gradient of out and what the operator returned."""
+def _attention_backward(
+    dout: Tensor, dlse: Tensor | None, results: list[Tensor], *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of query, key and value, from those of out and of lse, and what the operator returned."""
     call = _call(*arguments)
     if call.query.is_cuda:
         from .fused.backward import launch_backward
 
-        return launch_backward(call, Saved(*results), dout)
+        return launch_backward(call, Saved(*results), dout, dlse)
     with torch.autocast(call.query.device.type, enabled=False):
-        return blockwise_backward(call, results[1], dout)
+        return blockwise_backward(call, results[1], dout, dlse)
 
 
 def _attention_fake(*arguments: Any) -> list[Tensor]:
@@ -92,7 +94,7 @@ def _attention_fake(*arguments: Any) -> list[Tensor]:
 
 
 def _attention_backward_fake(
-    dout: Tensor, results: list[Tensor], query: Tensor, key: Tensor, value: Tensor, *_: Any
+    dout: Tensor, dlse: Tensor | None, results: list[Tensor], query: Tensor, key: Tensor, value: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Shapes, dtypes and strides of the gradients."""
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
@@ -103,7 +105,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     query, key, value, attention_mask, seed, projections, *ctx.options = inputs
     ctx.num_projections = len(projections)
     ctx.save_for_backward(query, key, value, attention_mask, seed, *projections, *output)
-    ctx.set_materialize_grads(False)  # only out has a gradient: no zeros for the rest
+    ctx.set_materialize_grads(False)  # no zeros for what has no gradient
 
 
 def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
@@ -111,10 +113,12 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     query, key, value, attention_mask, seed, *others = ctx.saved_tensors
     projections, results = others[: ctx.num_projections], others[ctx.num_projections :]
     none = (None, None, [None] * len(projections), *(None for _ in ctx.options))
-    if grads[0] is None:
+    dout, dlse, *_ = grads
+    if dout is None and dlse is None:
         return None, None, None, *none
+    dout = torch.zeros_like(results[0]) if dout is None else dout
     dquery, dkey, dvalue = torch.ops.lsg_attn.attention_backward(
-        grads[0], results, query, key, value, attention_mask, seed, projections, *ctx.options
+        dout, dlse, results, query, key, value, attention_mask, seed, projections, *ctx.options
     )
     return dquery, dkey, dvalue, *none
 

@@ -10,8 +10,11 @@ from .compression import Compression, compress_call
 from .pattern import LSGPattern
 
 
-def reference_attention(call: Call) -> Tensor:
-    """Dense LSG attention. Dropout draws from PyTorch's generator."""
+def reference_attention(call: Call) -> tuple[Tensor, Tensor]:
+    """Dense LSG attention and its scores' log-sum-exp, as blockwise_attention has them.
+
+    Dropout draws from PyTorch's generator.
+    """
     query, key, value, pattern = call.query, call.key, call.value, call.pattern
     first = pattern.num_global_tokens
     visible = visible_tokens(pattern, key.shape[-2]).to(key.device) & call.keep()[:, None, None, :]
@@ -23,7 +26,9 @@ def reference_attention(call: Call) -> Tensor:
         value = torch.cat([value, compression.apply(value[:, :, first:])], dim=-2)
     scores = (query * call.scale @ key.mT).masked_fill(~visible, torch.finfo(query.dtype).min)
     probs = scores.softmax(dim=-1) * visible  # a row that sees nothing: a uniform row times 0
-    return torch.dropout(probs, call.dropout_p, train=True) @ value
+    out = torch.dropout(probs, call.dropout_p, train=True) @ value
+    lse = scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(dim=-1)
+    return out, lse.masked_fill(~visible.any(-1), torch.inf)
 
 
 def visible_tokens(pattern: LSGPattern, length: int) -> Tensor:

@@ -136,7 +136,9 @@ def test_operator_passes_opcheck(sparsity_type, dropout_p):
     case = arguments(LSGPattern(16, 16, 4, sparsity_type, 3), dropout_p)
     torch.library.opcheck(operator, case)
     results = operator(*case)
-    torch.library.opcheck(torch.ops.lsg_attn.attention_backward, (torch.randn_like(results[0]), results, *case))
+    for dlse in (None, torch.randn_like(results[1])):
+        grads = (torch.randn_like(results[0]), dlse)
+        torch.library.opcheck(torch.ops.lsg_attn.attention_backward, (*grads, results, *case))
     leaves = [x.requires_grad_() for x in case[:3]]
     torch.library.opcheck(operator, (*leaves, *case[3:]))
 

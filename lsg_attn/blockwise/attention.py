@@ -21,33 +21,35 @@ from .limits import unsupported_reasons
 _STEPS = {"cpp": compiled, "torch": eager}
 
 
-def blockwise_attention(call: Call, implementation: str) -> Tensor:
-    """Block-wise LSG attention, differentiable once, by "cpp" or "torch"."""
+def blockwise_attention(call: Call, implementation: str) -> tuple[Tensor, Tensor]:
+    """Block-wise LSG attention and its scores' log-sum-exp, both differentiable once, by "cpp" or "torch".
+
+    Returns:
+        out (batch, heads, G+T, head_dim), and lse (batch, heads, G+T) float32 or float64, +inf where a query sees
+        nothing.
+    """
     call = replace(call, attention_mask=call.keep())  # a copy: the caller may write to its mask before the backward
     inputs = (call.query, call.key, call.value, call.attention_mask, call.seed)
     options = (call.dropout_p, call.scale, call.pattern)
     steps = _STEPS[implementation]
     how = (steps, torch.get_num_threads(), _compress(steps, call))
-    out: Tensor = _BlockwiseAttention.apply(*inputs, options, *how)  # type: ignore[no-untyped-call]
-    return out
+    out, lse = _BlockwiseAttention.apply(*inputs, options, *how)  # type: ignore[no-untyped-call]
+    return out, lse
 
 
 def blockwise_forward(call: Call) -> tuple[Tensor, Tensor]:
-    """The output of :func:`blockwise_attention` and its scores' log-sum-exp, without autograd, by "cpp" if it can run.
-
-    Returns:
-        out (batch, heads, G+T, head_dim), and lse (batch, heads, G+T) float32 or float64, +inf where a query sees
-        nothing. :func:`blockwise_backward` has the gradients.
-    """
+    """:func:`blockwise_attention` without autograd, by "cpp" if it can; :func:`blockwise_backward` has gradients."""
     steps = _steps_of(call)
     out, lse = steps.forward(call, _compress(steps, call), _threads(call))
     return out, lse
 
 
-def blockwise_backward(call: Call, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value of :func:`blockwise_forward`, from its lse and the gradient of out."""
+def blockwise_backward(
+    call: Call, lse: Tensor, dout: Tensor, dlse: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of query, key and value of :func:`blockwise_forward`, from its lse and the gradients of both."""
     steps = _steps_of(call)
-    dquery, dkey, dvalue = steps.backward(call, _compress(steps, call), _threads(call), lse, dout)
+    dquery, dkey, dvalue = steps.backward(call, _compress(steps, call), _threads(call), lse, dout, dlse)
     return dquery, dkey, dvalue
 
 
@@ -74,18 +76,19 @@ class _BlockwiseAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, seed: Tensor | None,
         options: tuple[Any, ...], steps: ModuleType, threads: int, compression: Compression | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """``options``: the arguments of Call after its tensors; ``threads``: the backward needs the same number."""
         ctx.options, ctx.steps, ctx.threads, ctx.compression = options, steps, threads, compression
-        out: Tensor
         out, lse = steps.forward(Call(query, key, value, attention_mask, seed, (), *options), compression, threads)
         ctx.save_for_backward(query, key, value, attention_mask, seed, lse)
-        return out
+        ctx.set_materialize_grads(False)
+        return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, attention_mask, seed, lse = ctx.saved_tensors
+        dout = torch.zeros_like(query) if dout is None else dout
         call = Call(query, key, value, attention_mask, seed, (), *ctx.options)
-        grads = ctx.steps.backward(call, ctx.compression, ctx.threads, lse, dout)
+        grads = ctx.steps.backward(call, ctx.compression, ctx.threads, lse, dout, dlse)
         return *grads, *(None for _ in range(6))

@@ -58,9 +58,12 @@ def forward(call: Call, compression: Compression | None, threads: int) -> tuple[
 
 
 def backward(
-    call: Call, compression: Compression | None, threads: int, lse: Tensor, dout: Tensor
+    call: Call, compression: Compression | None, threads: int, lse: Tensor, dout: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of query, key and value; from the same ``threads``, the same bits."""
+    """The gradients of query, key and value; from the same ``threads``, the same bits.
+
+    ``dlse``: the gradient of the log-sum-exp, or None.
+    """
     dquery, dkey, dvalue = (torch.empty_like(x) for x in (call.query, call.key, call.value))
     for x in (dquery, dkey, dvalue):
         torch.ops.lsg_attn_cpp.advise_huge_pages(x)
@@ -69,10 +72,11 @@ def backward(
         heads = part.query.shape[0]
         groups = math.ceil(threads / heads)
         drows = sweep.gradients_of_rows(part, groups)
+        dlse_rows = None if dlse is None else part.of(dlse).contiguous()
         dout_rows = _rows(sweep, "dout", part.of(dout))
         with _written(sweep, "dquery", part.of(dquery)) as rows:
             torch.ops.lsg_attn_cpp.backward(
-                *_inputs(sweep, part), part.of(lse), dout_rows, rows, drows["sequence"], drows.get("slots")
+                *_inputs(sweep, part), part.of(lse), dout_rows, dlse_rows, rows, drows["sequence"], drows.get("slots")
             )
         summed = {name: (x[0] if groups == 1 else x.sum(0)).flatten(0, 1) for name, x in drows.items()}
         sweep.finish(part, summed, dquery, dkey, dvalue)

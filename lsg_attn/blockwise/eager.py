@@ -49,9 +49,12 @@ def forward(call: Call, compression: Compression | None, threads: int) -> tuple[
 
 
 def backward(
-    call: Call, compression: Compression | None, threads: int, lse: Tensor, dout: Tensor
+    call: Call, compression: Compression | None, threads: int, lse: Tensor, dout: Tensor, dlse: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The gradients of query, key and value; the same ``threads`` as in the forward give the same dropout."""
+    """The gradients of query, key and value; the same ``threads`` as in the forward give the same dropout.
+
+    ``dlse``: the gradient of the log-sum-exp, or None.
+    """
     dquery, dkey, dvalue = (torch.empty_like(x) for x in (call.query, call.key, call.value))
     sweep = Sweep(call, compression, threads)
     probabilities = _Probabilities(call, sweep)
@@ -76,6 +79,8 @@ def backward(
             matmul_out(dwindow[1], dropped.mT, dout_tile)
             # dscores = probs * (dprobs - rowsum(probs * dprobs)), in place
             dscores = torch.ops.aten._softmax_backward_data.out(dprobs, probs, -1, probs.dtype, grad_input=dprobs)
+            if dlse is not None:
+                dscores.addcmul_(probs, sweep.load(tile, "dlse", part.of(dlse).unsqueeze(-1)))
             matmul_out(dwindow[0], dscores.mT, query_tile, call.scale)
             tile.scatter_add(dwindow, drows)
             tile.store(work.matmul("out", dscores, tile.key, call.scale), part.of(dquery))

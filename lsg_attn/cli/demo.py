@@ -188,7 +188,7 @@ def check_last_layer(stack: EncoderStack, hidden: Tensor) -> Check:
         projections = tuple(direction[:CHECKED_HEADS] for direction in directions)
     length, first, scale = hidden.shape[1], pattern.num_global_tokens, SIZE.head_dim**-0.5
     keep = torch.ones(1, length, dtype=torch.bool)
-    expected = reference_attention(Call(query, key, value, None, None, projections, 0.0, scale, pattern))
+    expected, _ = reference_attention(Call(query, key, value, None, None, projections, 0.0, scale, pattern))
     got = seen["out"].unflatten(-1, (SIZE.heads, -1)).transpose(1, 2)[:, :CHECKED_HEADS]
 
     tokens = Tokens(query[:, :, first:], key[:, :, first:], keep[:, first:], scale, projections or None)

@@ -37,19 +37,21 @@ def allocate_gradients(call: Call) -> Gradients:
     return Gradients(*(torch.empty_like(x) for x in (call.query, call.key, call.value)))
 
 
-def launch_backward(call: Call, saved: Saved, dout: Tensor) -> Gradients:
+def launch_backward(call: Call, saved: Saved, dout: Tensor, dlse: Tensor | None = None) -> Gradients:
     """Run the backward of ``call`` on the GPU that its tensors are on, without waiting for it.
 
-    ``saved``: of the results of its forward; ``dout``: the gradient of its output, of any strides.
+    ``saved``: of the results of its forward; ``dout, dlse``: the gradients of its output and log-sum-exp,
+    of any strides.
     """
     results, gradients, device = restore(call, saved), allocate_gradients(call), call.query.device
-    run_on(device, plan_backward(call, results, dout, gradients, target_of(device)))
+    run_on(device, plan_backward(call, results, dout, gradients, target_of(device), dlse=dlse))
     return gradients
 
 
 def plan_backward(
-    call: Call, results: Results, dout: Tensor, gradients: Gradients, target: str, schedule: Schedule | None = None
-) -> list[Launch]:
+    call: Call, results: Results, dout: Tensor, gradients: Gradients, target: str, schedule: Schedule | None = None,
+    dlse: Tensor | None = None,
+) -> list[Launch]:  # fmt: skip
     """The launches, in order, that fill ``gradients`` on a GPU of architecture ``target``.
 
     ``results``: only what is ``Saved`` of them need be there; the rows of slots are made again, where ``lsh`` need not
@@ -76,7 +78,7 @@ def plan_backward(
     weights = _plan_weights(call, results, attention) if call.rule.has_weight_gradient else None
     launches = (
         *(plan_compression(call, results, target) if variant.sparsity == "compressed" else ()),
-        _plan_sums(call, results, dout, sums),
+        _plan_sums(call, results, dout, dlse, sums),
         Launch(
             _lsg_bwd_slots_kernel,
             batch * heads * cdiv(call.num_slots, schedule.block_m),
@@ -93,12 +95,13 @@ def _scratch(call: Call, *shape: int) -> Tensor:
     return call.query.new_empty(shape, dtype=torch.float32)
 
 
-def _plan_sums(call: Call, results: Results, dout: Tensor, sums: Tensor) -> Launch:
+def _plan_sums(call: Call, results: Results, dout: Tensor, dlse: Tensor | None, sums: Tensor) -> Launch:
     batch, heads, rows, _ = sums.shape
     arguments = {
         "out_ptr": results.out,
         "dout_ptr": dout,
         "lse_ptr": results.lse,
+        "dlse_ptr": None if dlse is None else dlse.contiguous(),
         "sums_ptr": sums,
         "out_strides": results.out.stride(),
         "dout_strides": dout.stride(),

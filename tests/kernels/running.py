@@ -69,12 +69,16 @@ class Attended(NamedTuple):
     dvalue: torch.Tensor
 
 
-def attend(inputs, pattern, **options):
-    """Run the kernels of a forward, and of the backward for the inputs' dout; options: those of :func:`call_of`."""
+def attend(inputs, pattern, dlse=None, **options):
+    """Run the kernels of a forward, and of the backward for the inputs' dout and for dlse.
+
+    options: those of :func:`call_of`.
+    """
     call = call_of(inputs, pattern, **options)
     saved = to_save(call, run_forward(call))
     results, gradients = restore(call, saved), poison(allocate_gradients(call))
-    run_on(DEVICE, plan_backward(call, results, inputs.dout.to(DEVICE), gradients, target_of(DEVICE)))
+    dlse = None if dlse is None else dlse.to(DEVICE)
+    run_on(DEVICE, plan_backward(call, results, inputs.dout.to(DEVICE), gradients, target_of(DEVICE), dlse=dlse))
     return Attended(saved.out, saved.lse, *gradients)
 
 
@@ -127,7 +131,7 @@ def operator_calls(inputs, pattern, attention_mask, seed, dropout_p):
     arguments = operator._arguments(Call(query, key, value, attention_mask, seed, (), dropout_p, 0.25, pattern))
     return (
         lambda: operator._attention(*arguments),
-        lambda results: operator._attention_backward(dout, results, *arguments),
+        lambda results: operator._attention_backward(dout, None, results, *arguments),
     )
 
 

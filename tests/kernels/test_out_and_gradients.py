@@ -14,6 +14,7 @@ from running import (
     forward,
     name_of,
     padded_inputs,
+    to_double,
     unusual_inputs,
     use_parts_of,
 )
@@ -111,6 +112,22 @@ def test_single_token(sparsity_type, dtype):
     size = got.dvalue.float().square().mean().sqrt()
     for x in (got.dquery, got.dkey):
         assert x.float().square().mean().sqrt() <= TOLERANCES[dtype] * size
+
+
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+def test_gradients_of_the_log_sum_exp(sparsity_type):
+    """Beside those of out; lse's gradient is a slice, whose rows do not follow each other."""
+    pattern = LSGPattern(32, 32, 4, sparsity_type, 2)
+    inputs = padded_inputs(pattern, 150, 24, torch.float32, "ends")
+    dlse = torch.randn(*inputs.query.shape[:3], 2, generator=torch.Generator().manual_seed(0))[..., 0]
+    got = attend(inputs, pattern, dlse=dlse)
+    *leaves, dout, mask = to_double(inputs)
+    leaves = [x.requires_grad_() for x in leaves]
+    out, lse = lsg_attention(*leaves, pattern, mask, implementation="reference", return_lse=True)
+    loss = (out * dout).sum() + (lse.masked_fill(lse.isinf(), 0) * dlse).sum()
+    rows = mask[:, None, :, None]
+    for name, x in zip(("dquery", "dkey", "dvalue"), torch.autograd.grad(loss, leaves), strict=True):
+        assert_close(name, getattr(got, name).cpu() * rows, x * rows)
 
 
 @pytest.mark.every_kernel

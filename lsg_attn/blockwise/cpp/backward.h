@@ -51,9 +51,11 @@ class Backward {
       find_probs(run, block);
       add_sums(run.keys);
     }
+    const auto& dlse = grads_.dlse;
+    const float* given = dlse ? dlse->const_data_ptr<float>() + head * dlse->stride(0) + block.start : nullptr;
     for (int64_t r = 0; r < padded_; ++r) {
       inverse_[r] = sum_[r] == 0 ? 0 : 1 / sum_[r];
-      delta_[r] *= inverse_[r];
+      delta_[r] = delta_[r] * inverse_[r] - (given && r < count ? given[r] : 0);
     }
     bool is_first = true;
     for (const Run& run : runs) {

@@ -68,10 +68,10 @@ void forward(
 void backward(
     const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& slots,
     const std::optional<Tensor>& keep, const std::optional<Tensor>& slot_keep, const Tensor& blocks,
-    const Tensor& segments, double scale, int64_t causal_from, const Tensor& lse, const Tensor& dout, Tensor dquery,
-    Tensor dsequence, const std::optional<Tensor>& dslots) {
+    const Tensor& segments, double scale, int64_t causal_from, const Tensor& lse, const Tensor& dout,
+    const std::optional<Tensor>& dlse, Tensor dquery, Tensor dsequence, const std::optional<Tensor>& dslots) {
   const Inputs in{query, key, value, slots, keep, slot_keep, blocks, segments, scale, causal_from};
-  const Gradients grads{lse, dout, dquery, dsequence, dslots};
+  const Gradients grads{lse, dout, dlse, dquery, dsequence, dslots};
   const Sizes most = in.largest();
   const int64_t per_head = blocks.size(0), groups = dsequence.size(0);
   with_type_of(query, [&](auto zero) {
@@ -136,7 +136,7 @@ TORCH_LIBRARY(lsg_attn_cpp, m) {
       "Tensor segments, float scale, int causal_from";
   const std::string forward = "forward(" + inputs + ", Tensor(a!) out, Tensor(b!) lse) -> ()";
   const std::string backward = "backward(" + inputs +
-      ", Tensor lse, Tensor dout, Tensor(a!) dquery, Tensor(b!) dsequence, Tensor(c!)? dslots) -> ()";
+      ", Tensor lse, Tensor dout, Tensor? dlse, Tensor(a!) dquery, Tensor(b!) dsequence, Tensor(c!)? dslots) -> ()";
   m.def("has_bfloat16_products() -> bool", &lsg::has_bfloat16_products);
   m.def("advise_huge_pages(Tensor x) -> ()", &lsg::advise_huge_pages);
   m.def(

@@ -198,6 +198,7 @@ struct Inputs {
 // What the backward is given besides, and what it writes.
 struct Gradients {
   const Tensor &lse, &dout;                // (heads, G+T) float32, (heads, G+T, head_dim)
+  const std::optional<Tensor>& dlse;       // (heads, G+T) float32
   Tensor& dquery;                          // (heads, G+T, head_dim)
   Tensor& dsequence;                       // (groups, 2, heads, G+T, head_dim) float32, of keys and of values
   const std::optional<Tensor>& dslots;     // (groups, 2, heads, N, head_dim) float32
