@@ -16,7 +16,8 @@ class Call:
     """The checked arguments of one call. Tensors may be on the meta device, to plan and compile without a GPU.
 
     Attributes:
-        query, key, value: (batch, heads, G+T, head_dim).
+        query: (batch, heads, G+T, head_dim).
+        key, value: (batch, key heads, G+T, head_dim); head h of the query reads key head h // (heads / key heads).
         attention_mask: (batch, T) or (batch, G+T), nonzero for a token; or None.
         seed: of dropout's draws, an int64 scalar on the CPU; None without dropout. The reference draws from PyTorch's
             generator instead.
@@ -25,6 +26,7 @@ class Call:
         dropout_p: the probability that an attention probability is zeroed.
         scale: of the scores.
         pattern: who sees whom.
+        first_head: the number that the first head has for ``stride`` and ``block_stride``, whose choice depends on it.
     """
 
     query: Tensor
@@ -36,6 +38,7 @@ class Call:
     dropout_p: float
     scale: float
     pattern: LSGPattern
+    first_head: int = 0
 
     @property
     def num_tokens(self) -> int:
