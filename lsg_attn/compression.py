@@ -113,8 +113,9 @@ class Choice(Compression):
 class Tokens:
     """What a compression may look at: the T tokens after the globals.
 
-    ``query, key``: (batch, heads, T, head_dim); ``keep``: (batch, T) bool; ``scale`` of the scores;
-    ``projections``: see :func:`lsh_directions`.
+    ``query``: (batch, heads, T, head_dim); ``key``: (batch, key heads, T, head_dim), of which each serves as many heads
+    of the query; ``keep``: (batch, T) bool; ``scale`` of the scores; ``projections``: see :func:`lsh_directions`;
+    ``first_head``: see :class:`.call.Call`.
     """
 
     query: Tensor
@@ -122,12 +123,23 @@ class Tokens:
     keep: Tensor
     scale: float
     projections: Sequence[Tensor] | None = None
+    first_head: int = 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(batch, heads, T)."""
-        batch, heads, length, _ = self.key.shape
+        batch, heads, length, _ = self.query.shape
         return batch, heads, length
+
+    @property
+    def group(self) -> int:
+        """The heads of the query for each head of the key."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    def head_numbers(self) -> Tensor:
+        """(heads, 1) int64: the number of each head."""
+        numbers = torch.arange(self.first_head, self.first_head + self.shape[1], device=self.key.device)
+        return numbers.unsqueeze(-1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -151,7 +163,7 @@ def tokens_of(call: Call) -> Tokens:
     """What the compression of a call may look at."""
     first = call.pattern.num_global_tokens
     query, key = call.query[:, :, first:], call.key[:, :, first:]
-    return Tokens(query, key, call.keep()[:, first:], call.scale, call.projections or None)
+    return Tokens(query, key, call.keep()[:, first:], call.scale, call.projections or None, call.first_head)
 
 
 def bos_pooling_backward(
@@ -190,19 +202,16 @@ def _identity(pattern: LSGPattern, tokens: Tokens) -> Compression:
 
 def _stride(pattern: LSGPattern, tokens: Tokens) -> Compression:
     """Head h takes tokens n f + (h mod f)."""
-    _, heads, length = tokens.shape
-    slot = torch.arange(pattern.num_slots(length), device=tokens.key.device)
-    head = torch.arange(heads, device=tokens.key.device).unsqueeze(-1)
-    return _choice(pattern, tokens, slot * pattern.sparsity_factor + head % pattern.sparsity_factor)
+    slot = torch.arange(pattern.num_slots(tokens.shape[-1]), device=tokens.key.device)
+    return _choice(pattern, tokens, slot * pattern.sparsity_factor + tokens.head_numbers() % pattern.sparsity_factor)
 
 
 def _block_stride(pattern: LSGPattern, tokens: Tokens) -> Compression:
     """Head h takes, in each block, the ``step`` tokens at offsets (h step + j) mod B."""
-    _, heads, length = tokens.shape
-    slot = torch.arange(pattern.num_slots(length), device=tokens.key.device)
-    head = torch.arange(heads, device=tokens.key.device).unsqueeze(-1)
+    slot = torch.arange(pattern.num_slots(tokens.shape[-1]), device=tokens.key.device)
     block, offset = slot // pattern.step, slot % pattern.step
-    return _choice(pattern, tokens, block * pattern.block_size + (head * pattern.step + offset) % pattern.block_size)
+    offset = (tokens.head_numbers() * pattern.step + offset) % pattern.block_size
+    return _choice(pattern, tokens, block * pattern.block_size + offset)
 
 
 def _norm(pattern: LSGPattern, tokens: Tokens) -> Compression:
@@ -210,14 +219,15 @@ def _norm(pattern: LSGPattern, tokens: Tokens) -> Compression:
 
     The order matters only where a window cuts a chunk. Of equal norms the earlier token goes first.
     """
-    norms = tokens.key.new_empty(tokens.shape, dtype=tokens.dtype)
-    for part in _parts(tokens):
+    norms = tokens.key.new_empty(tokens.key.shape[:-1], dtype=tokens.dtype)
+    for part in _parts(tokens.key):
         torch.linalg.vector_norm(tokens.key[part].detach(), dim=-1, dtype=tokens.dtype, out=norms[part])
     norms = norms.masked_fill(~tokens.keep.unsqueeze(1), -1.0)  # below every kept token, also one of norm 0
     norms = _pad_to_blocks(pattern, norms, -1.0).unflatten(-1, (-1, pattern.chunk))
     chosen = norms.argsort(dim=-1, descending=True, stable=True)[..., : pattern.chunk // pattern.sparsity_factor]
     first = torch.arange(0, norms.shape[-2] * pattern.chunk, pattern.chunk, device=norms.device)
-    return _choice(pattern, tokens, (chosen.flip(-1) + first.unsqueeze(-1)).flatten(-2))
+    token = (chosen.flip(-1) + first.unsqueeze(-1)).flatten(-2)
+    return _choice(pattern, tokens, token if tokens.group == 1 else token.repeat_interleave(tokens.group, 1))
 
 
 def _pooling(pattern: LSGPattern, tokens: Tokens) -> Compression:
@@ -228,7 +238,8 @@ def _pooling(pattern: LSGPattern, tokens: Tokens) -> Compression:
 
 def _bos_pooling(pattern: LSGPattern, tokens: Tokens) -> Compression:
     """A softmax in each group of f over the scores of the first token's query, whether that is padding or not."""
-    scores = (tokens.key @ tokens.query[..., :1, :].mT).squeeze(-1).to(tokens.dtype) * tokens.scale
+    bos = tokens.query[:, :, 0].unflatten(1, (-1, tokens.group)).mT  # (batch, key heads, head_dim, group)
+    scores = (tokens.key @ bos).mT.flatten(1, 2).to(tokens.dtype) * tokens.scale  # (batch, heads, T)
     keep = _pad_to_blocks(pattern, tokens.keep.unsqueeze(1), False).unflatten(-1, (-1, pattern.sparsity_factor))
     scores = _pad_to_blocks(pattern, scores, 0.0).unflatten(-1, (-1, pattern.sparsity_factor))
     scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)  # finite: a group of padding is not NaN
@@ -251,9 +262,11 @@ def _lsh(pattern: LSGPattern, tokens: Tokens) -> Compression:
     slot = torch.empty(tokens.shape, dtype=torch.int64, device=tokens.key.device)
     scratch = Workspace(tokens.key, tokens.dtype)
     has_padding = [not keep.all() for keep in tokens.keep]
-    for part in _parts(tokens):
+    key_head = torch.arange(tokens.shape[1]) // tokens.group
+    for part in _parts(slot):
         entry, chosen = part
-        x = tokens.key[part].detach().to(tokens.dtype)
+        x = tokens.key[part] if tokens.group == 1 else tokens.key[entry, key_head[chosen]]
+        x = x.detach().to(tokens.dtype)
         if has_padding[entry]:
             x = x.masked_fill(~tokens.keep[entry].unsqueeze(-1), 0)
         slot[part] = _clusters(pattern, x, [direction[chosen] for direction in directions], scratch)
@@ -302,10 +315,10 @@ def _hash(x: Tensor, direction: Tensor, scratch: Workspace) -> Tensor:
     return (largest + half * (products.gather(-1, largest) < 0)).view(x.shape[:-1])
 
 
-def _parts(tokens: Tokens) -> Iterator[tuple[int, slice]]:
-    """Go over batch entries and heads: on a CPU a head for each thread at a time, so that it stays in cache."""
-    batch, heads, _ = tokens.shape
-    step = torch.get_num_threads() if tokens.key.device.type == "cpu" else heads
+def _parts(x: Tensor) -> Iterator[tuple[int, slice]]:
+    """Go over batch entries and heads of x: on a CPU a head for each thread at a time, so that it stays in cache."""
+    batch, heads = x.shape[:2]
+    step = torch.get_num_threads() if x.device.type == "cpu" else heads
     for entry in range(batch):
         for start in range(0, heads, step):
             yield entry, slice(start, start + step)

@@ -10,11 +10,12 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .blockwise import limits as cpp_limits
 from .blockwise.attention import blockwise_attention
 from .call import Call
-from .checks import number, probability, type_name
+from .checks import integer, number, probability, type_name
 from .fused import limits as triton_limits
 from .masking import check_mask
 from .operator import operator_attention
@@ -29,13 +30,13 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def lsg_attention(
     query: Tensor, key: Tensor, value: Tensor, pattern: LSGPattern, attention_mask: Tensor | None = ...,
     dropout_p: float = ..., scale: float | None = ..., implementation: str = ...,
-    lsh_projections: Sequence[Tensor] | None = ..., *, return_lse: Literal[False] = ...,
+    lsh_projections: Sequence[Tensor] | None = ..., *, return_lse: Literal[False] = ..., first_head: int | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def lsg_attention(
     query: Tensor, key: Tensor, value: Tensor, pattern: LSGPattern, attention_mask: Tensor | None = ...,
     dropout_p: float = ..., scale: float | None = ..., implementation: str = ...,
-    lsh_projections: Sequence[Tensor] | None = ..., *, return_lse: Literal[True],
+    lsh_projections: Sequence[Tensor] | None = ..., *, return_lse: Literal[True], first_head: int | None = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def lsg_attention(
     query: Tensor,
@@ -49,6 +50,7 @@ def lsg_attention(
     lsh_projections: Sequence[Tensor] | None = None,
     *,
     return_lse: bool = False,
+    first_head: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Local + Sparse + Global attention (arXiv 2210.15497): one softmax over a window, compressed and global keys.
 
@@ -59,7 +61,8 @@ def lsg_attention(
     Args:
         query, key, value: (batch, heads, G+T, head_dim), of one device and one dtype out of float64, float32,
             bfloat16, float16; any strides. The first G = ``pattern.num_global_tokens`` positions are global.
-            T need not be a multiple of the block size.
+            T need not be a multiple of the block size. Key and value may have fewer heads, which divide the query's
+            (grouped-query attention): head h of the query reads key head ``h // (heads / key heads)``.
         pattern: who sees whom.
         attention_mask: (batch, G+T), or (batch, T) where the globals are visible; bool or integer, true or nonzero
             for a token, false or 0 for padding. Padding is not seen. Its values never matter to other rows as long as
@@ -75,6 +78,9 @@ def lsg_attention(
         lsh_projections: for ``lsh``, the random directions of each round in order, each (heads, head_dim, m//2) for
             the round's m = ``pattern.lsh_buckets[i]`` buckets, instead of those of ``pattern.lsh_seed``.
         return_lse: return the log-sum-exp as well, as merging with other attentions needs it. It is differentiable.
+        first_head: where heads are shared out over processes, the number of the first of these among all heads. What
+            ``stride`` and ``block_stride`` choose depends on a head's number; ``lsh`` needs ``lsh_projections`` then,
+            as its draws depend on the number of all heads.
 
     Returns:
         (batch, heads, G+T, head_dim), of query's dtype, also under autocast. In float16 and bfloat16 ``"torch"`` and
@@ -102,14 +108,23 @@ def lsg_attention(
     dropout_p = probability("dropout_p", dropout_p)
     scale = 1.0 / math.sqrt(head_dim) if scale is None else number("scale", scale)
     projections = _projections(lsh_projections, pattern, heads, head_dim, query.device)
-    call = Call(query, key, value, attention_mask, None, projections, dropout_p, scale, pattern)
-    if call.rule.varies_by_head and pattern.sparsity_factor > heads:
+    if first_head is not None:
+        first_head = integer("first_head", first_head, 0)
+        if pattern.rule.is_hashed and not projections:
+            raise ValueError(
+                "lsh_projections: expected tensors where first_head is given, as the draws depend on the number of all "
+                "heads; lsg_attn.compression.lsh_directions makes those of all heads"
+            )
+    call = Call(query, key, value, attention_mask, None, projections, dropout_p, scale, pattern, first_head or 0)
+    # A graph may be for any length: it does not ask whether this one has slots.
+    is_uncovered = first_head is None and pattern.rule.varies_by_head and pattern.sparsity_factor > heads
+    if is_uncovered and (torch.compiler.is_compiling() or call.num_slots):
         warnings.warn(
             f"sparsity_type={pattern.sparsity_type!r} covers all tokens only with at least sparsity_factor="
             f"{pattern.sparsity_factor} heads; there are {heads}",
             stacklevel=2,
         )
-    if implementation in ("auto", "triton", "cpp"):
+    if implementation != "reference":
         implementation = _choose(implementation, call)
     if dropout_p and implementation != "reference":
         # On the CPU, so that its value reaches a launch without waiting for the device; a CUDA graph keeps it.
@@ -143,7 +158,9 @@ def check_implementation(implementation: str, name: str = "implementation") -> N
 
 
 def _choose(implementation: str, call: Call) -> str:
-    """What "auto", "triton" and "cpp" come to: "operator", or else "cpp" or "torch"."""
+    """What all but "reference" come to: "operator", "cpp" or "torch"."""
+    if implementation == "torch":
+        return "operator" if _has_no_data(call.query) else "torch"
     if implementation == "cpp":
         _refuse(implementation, cpp_limits.unsupported_reasons(call))
     else:
@@ -152,11 +169,16 @@ def _choose(implementation: str, call: Call) -> str:
             return "operator"
         if implementation == "triton":
             _refuse(implementation, reasons)
-    if torch.compiler.is_compiling() and not call.query.is_cuda:
+    if not call.query.is_cuda and (torch.compiler.is_compiling() or _has_no_data(call.query)):
         return "operator"  # runs the block-wise code on a CPU; one node of a graph, where that would be many
     if implementation == "cpp":
         return "cpp"
     return "torch" if cpp_limits.unsupported_reasons(call) else "cpp"
+
+
+def _has_no_data(x: Tensor) -> bool:
+    """Whether there is only a shape to compute."""
+    return x.is_meta or isinstance(x, FakeTensor)
 
 
 def _refuse(implementation: str, reasons: list[str]) -> None:
@@ -172,14 +194,22 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise TypeError(f"{name}: expected a dtype out of {_DTYPES}, got {x.dtype}")
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions (batch, heads, G+T, head_dim), got shape {tuple(x.shape)}")
-        for what in ("shape", "dtype", "device"):
+        for what in ("dtype", "device"):
             expected, got = getattr(query, what), getattr(x, what)
             if got != expected:
                 raise ValueError(f"{name}: expected query's {what} {expected}, got {got}")
-    if query.shape[1] == 0 or query.shape[-1] == 0:
+        if x.shape[1] == 0 or x.shape[-1] == 0:
+            raise ValueError(
+                f"{name}: expected at least one head and a head_dim of at least 1, got shape {tuple(x.shape)}"
+            )
+    batch, heads, length, head_dim = query.shape
+    if key.shape != (batch, key.shape[1], length, head_dim) or heads % key.shape[1]:
         raise ValueError(
-            f"query: expected at least one head and a head_dim of at least 1, got shape {tuple(query.shape)}"
+            f"key: expected query's shape {tuple(query.shape)}, or a number of heads that divides {heads}, "
+            f"got {tuple(key.shape)}"
         )
+    if value.shape != key.shape:
+        raise ValueError(f"value: expected key's shape {tuple(key.shape)}, got {tuple(value.shape)}")
 
 
 def _projections(

@@ -14,7 +14,7 @@ from .pattern import LSGPattern
 
 _OPTIONS = (
     "float dropout_p, float scale, int block_size, int sparse_block_size, int sparsity_factor, str sparsity_type, "
-    "int num_global_tokens, int lsh_num_pre_rounds, int lsh_seed, bool causal"
+    "int num_global_tokens, int lsh_num_pre_rounds, int lsh_seed, bool causal, int first_head"
 )
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attention_mask, Tensor? seed, Tensor[] projections"
 _SCHEMA = f"({_INPUTS}, {_OPTIONS}) -> Tensor[]"
@@ -47,6 +47,7 @@ def _arguments(call: Call) -> tuple[Any, ...]:
         pattern.lsh_num_pre_rounds,
         pattern.lsh_seed,
         pattern.causal,
+        call.first_head,
     )
 
 
@@ -56,7 +57,8 @@ def _call(
 ) -> Call:  # fmt: skip
     """The operator's arguments as a call."""
     inputs = (query, key, value, attention_mask, seed, tuple(projections))
-    return Call(*inputs, dropout_p, scale, LSGPattern(*fields))
+    *of_pattern, first_head = fields
+    return Call(*inputs, dropout_p, scale, LSGPattern(*of_pattern), first_head)
 
 
 def _attention(*arguments: Any) -> list[Tensor]:
@@ -86,11 +88,11 @@ def _attention_backward(
 def _attention_fake(*arguments: Any) -> list[Tensor]:
     """Shapes, dtypes and strides of what the operator returns."""
     call = _call(*arguments)
-    results = list(to_save(call, allocate(call)))
     if call.query.is_cuda:
-        return results
-    out, lse, _ = results
-    return [out, lse.to(torch.promote_types(call.query.dtype, torch.float32))]
+        return list(to_save(call, allocate(call)))
+    batch, heads, length, head_dim = call.query.shape
+    out = call.query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    return [out, call.query.new_empty(batch, heads, length, dtype=torch.promote_types(out.dtype, torch.float32))]
 
 
 def _attention_backward_fake(

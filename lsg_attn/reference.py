@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ def reference_attention(call: Call) -> tuple[Tensor, Tensor]:
 
     Dropout draws from PyTorch's generator.
     """
+    call = _with_all_heads(call)
     query, key, value, pattern = call.query, call.key, call.value, call.pattern
     first = pattern.num_global_tokens
     visible = visible_tokens(pattern, key.shape[-2]).to(key.device) & call.keep()[:, None, None, :]
@@ -29,6 +32,14 @@ def reference_attention(call: Call) -> tuple[Tensor, Tensor]:
     out = torch.dropout(probs, call.dropout_p, train=True) @ value
     lse = scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(dim=-1)
     return out, lse.masked_fill(~visible.any(-1), torch.inf)
+
+
+def _with_all_heads(call: Call) -> Call:
+    """The call with a copy of a key head for each head of the query that reads it."""
+    group = call.query.shape[1] // call.key.shape[1]
+    if group == 1:
+        return call
+    return replace(call, key=call.key.repeat_interleave(group, 1), value=call.value.repeat_interleave(group, 1))
 
 
 def visible_tokens(pattern: LSGPattern, length: int) -> Tensor:

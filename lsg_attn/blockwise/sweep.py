@@ -27,14 +27,16 @@ _SUPPORTS_PRODUCTS_OF: dict[torch.dtype, Callable[[], bool]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """Some heads of one batch entry.
+    """Some heads of one batch entry; all that read one key head, where the keys have fewer heads.
 
-    ``query, key, value``: (heads, G+T, head_dim), views of the call's; ``slots``: (2, heads, N, head_dim), compressed
+    ``query, key, value``: (heads, G+T, head_dim), views of the call's, a key head for each head of the query;
+    ``key_heads``: those of the call's keys; ``slots``: (2, heads, N, head_dim), compressed
     keys and values, or None; ``keep``: of each source of keys, which rows are visible, (1, G+T) and (heads, N) bool.
     """
 
     batch: int
     heads: slice
+    key_heads: slice
     query: Tensor
     key: Tensor
     value: Tensor
@@ -121,7 +123,8 @@ class Sweep:
         on_cpu = query.device.type == "cpu"
         self.budget = threads * _CPU_SCORES if on_cpu else _GPU_SCORES
         turns = max(self.part_elements // max(length * head_dim * threads, 1), 1)
-        self.head_spans = list(_spans(heads, turns * threads))
+        self.group = heads // call.key.shape[1]
+        self.head_spans = list(_spans(heads, turns * threads if self.group == 1 else self.group))
         self.scores_of_block = max(pattern.block_size * layout.largest_window, 1)  # in each head
 
     def parts(self) -> Iterator[Part]:
@@ -130,12 +133,13 @@ class Sweep:
         for entry in range(call.query.shape[0]):
             for chosen in itertools.starmap(slice, self.head_spans):
                 compression = None if self.compression is None else self.compression.part(entry, chosen)
-                query, key, value = (x[entry, chosen] for x in (call.query, call.key, call.value))
+                query, key_heads = call.query[entry, chosen], slice(chosen.start // self.group, chosen.stop // self.group)
+                key, value = (x[entry, key_heads].expand(query.shape) for x in (call.key, call.value))
                 slots, keep = None, {"sequence": self.keep[entry : entry + 1]}
                 if compression is not None:
                     slots = self._compress(key, value, compression)
                     keep["slots"] = compression.keep
-                yield Part(entry, chosen, query, key, value, slots, keep, compression)
+                yield Part(entry, chosen, key_heads, query, key, value, slots, keep, compression)
 
     def tiles(self, part: Part) -> Iterator[Tile]:
         """Go over the part's queries: first those that see the whole sequence, then the blocks."""
@@ -193,7 +197,8 @@ class Sweep:
                 dkey_tokens += compression.transpose(dkey_slots)
                 dvalue_tokens += compression.transpose(dvalue_slots)
         for grad, rows in zip((dkey, dvalue), sequence.split(heads), strict=True):
-            part.of(grad).copy_(rows)
+            rows = rows if self.group == 1 else rows.sum(0, keepdim=True)
+            grad[part.batch, part.key_heads].copy_(rows)
 
     def _whole(self, name: str, x: Tensor) -> Tensor:
         """x (heads, G+T, head_dim) in the dtype of products."""
@@ -231,8 +236,9 @@ class Sweep:
         first = self.call.pattern.num_global_tokens
         for x, out in zip((key, value), slots, strict=True):
             if compression.token is not None:
-                index = self._flat(compression.token, length, 1)
-                torch.index_select(x.reshape(-1, head_dim), 0, index, out=out.view(-1, head_dim))
+                rows = x.reshape(-1, head_dim) if self.group == 1 else x[0]
+                index = self._flat(compression.token, length, 1, self.group == 1)
+                torch.index_select(rows, 0, index, out=out.view(-1, head_dim))
             else:
                 self.sum_slots(x[:, first:], compression, out)
         return slots
@@ -245,10 +251,13 @@ class Sweep:
             sums = self.work.empty("sums", stop - start, *out.shape[1:], dtype=self.sum_dtype)
             out[start:stop] = sum_rows(weighted, compression.slot[start:stop], sums.zero_())
 
-    def _flat(self, token: Tensor, length: int, copies: int) -> Tensor:
-        """Where the tokens (heads, N) are among the rows of ``copies`` times (heads, length); of none, some row."""
+    def _flat(self, token: Tensor, length: int, copies: int, heads_apart: bool = True) -> Tensor:
+        """Where the tokens (heads, N) are among the rows of ``copies`` times (heads, length); of none, some row.
+
+        Where the heads are not apart, their rows are the same.
+        """
         heads = token.shape[0]
-        first = torch.arange(0, copies * heads * length, length, device=token.device).view(copies, heads, 1)
+        first = torch.arange(copies * heads, device=token.device).view(copies, heads, 1) * (length * heads_apart)
         position = (token + self.call.pattern.num_global_tokens).clamp(max=length - 1)  # past the end: not kept
         index: Tensor = first + position
         return index.flatten()

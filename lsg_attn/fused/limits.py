@@ -57,6 +57,10 @@ def unsupported_reasons(call: Call) -> list[str]:
         reasons.append(f"lsh hashes chunks of {chunk} tokens, the kernels up to {_MAX_HASHED}")
     if pattern.causal:
         reasons.append("the pattern is causal, the kernels take none so far")
+    if call.key.shape[1] != query.shape[1]:
+        reasons.append(f"the keys have {call.key.shape[1]} heads, the kernels need those of the query so far")
+    if call.first_head and pattern.rule.varies_by_head:
+        reasons.append(f"first_head is {call.first_head}, the kernels take only 0 so far")
     if call.scale <= 0:
         reasons.append(f"scale is {call.scale}, the kernels take one above 0")
     if has_tangent(call):

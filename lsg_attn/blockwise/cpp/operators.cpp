@@ -87,15 +87,15 @@ void backward(
   });
 }
 
-// Hashes keys (heads, T, head_dim) in chunks, and writes the slot of each token to slot (heads, T).
+// Hashes keys (key heads, T, head_dim) in chunks, and writes the slot of each token to slot (heads, T).
 void hash_slots(
     const Tensor& key, const std::optional<Tensor>& keep, const std::vector<Tensor>& directions,
     at::IntArrayRef buckets, int64_t chunk, Tensor slot) {
   const int64_t length = key.size(1), chunks = (length + chunk - 1) / chunk;
   with_type_of(key, [&](auto zero) {
-    at::parallel_for(0, key.size(0) * chunks, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, slot.size(0) * chunks, 1, [&](int64_t begin, int64_t end) {
       const Release release;
-      Hash<decltype(zero)> work(key, keep, directions, buckets, chunk);
+      Hash<decltype(zero)> work(key, keep, directions, buckets, chunk, slot.size(0) / key.size(0));
       for (int64_t i = begin; i < end; ++i) {
         const int64_t head = i / chunks, c = i % chunks;
         work.find_slots(

@@ -25,10 +25,11 @@ inline void add_scaled(const at::BFloat16* row, float weight, int64_t count, flo
 template <typename T>
 class Hash {
  public:
-  // key: (heads, T, head_dim); directions: of each round (heads, head_dim, buckets / 2) float32, contiguous.
+  // key: (key heads, T, head_dim), each read by ``group`` heads; directions: of each round (heads, head_dim, buckets / 2) float32, contiguous.
   Hash(const Tensor& key, const std::optional<Tensor>& keep, const std::vector<Tensor>& directions,
-       at::IntArrayRef buckets, int64_t chunk)
-      : key_(key), keep_(keep), directions_(directions), buckets_(buckets), chunk_(chunk), width_(key.size(2)) {
+       at::IntArrayRef buckets, int64_t chunk, int64_t group)
+      : key_(key), keep_(keep), directions_(directions), buckets_(buckets), chunk_(chunk), group_(group),
+        width_(key.size(2)) {
     int64_t ld = kLanes;
     for (const Tensor& x : directions) ld = std::max(ld, round_up(x.size(2), kLanes));
     for (float** rows : {&rows_, &sums_}) *rows = scratch_.take<float>(chunk * width_);
@@ -55,7 +56,7 @@ class Hash {
 
  private:
   void load_rows(int64_t head, int64_t first, int64_t count) {
-    const T* key = key_.const_data_ptr<T>() + head * key_.stride(0) + first * key_.stride(1);
+    const T* key = key_.const_data_ptr<T>() + head / group_ * key_.stride(0) + first * key_.stride(1);
     const bool* keep = keep_ ? keep_->const_data_ptr<bool>() + first : nullptr;
     std::fill_n(rows_, count * width_, 0.0f);
     for (int64_t i = 0; i < count; ++i)
@@ -99,7 +100,7 @@ class Hash {
   const std::optional<Tensor>& keep_;
   const std::vector<Tensor>& directions_;
   const at::IntArrayRef buckets_;
-  const int64_t chunk_, width_;
+  const int64_t chunk_, group_, width_;
   Scratch scratch_;
   float *rows_, *sums_, *products_;
   std::vector<int64_t> bucket_;
