@@ -1,28 +1,21 @@
-"""lsg_attention: the one entry point; checks its arguments and chooses an implementation."""
+"""lsg_attention: the entry point for batches of one length; checks its arguments."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from .blockwise import limits as cpp_limits
-from .blockwise.attention import blockwise_attention
 from .call import Call
 from .checks import integer, number, probability, type_name
-from .fused import limits as triton_limits
+from .dispatch import answer, check_implementation
 from .masking import check_mask
-from .operator import operator_attention
 from .pattern import LSGPattern
-from .reference import reference_attention
 
-_IMPLEMENTATIONS = ("auto", "triton", "cpp", "torch", "reference")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -124,66 +117,7 @@ def lsg_attention(
             f"{pattern.sparsity_factor} heads; there are {heads}",
             stacklevel=2,
         )
-    if implementation != "reference":
-        implementation = _choose(implementation, call)
-    if dropout_p and implementation != "reference":
-        # On the CPU, so that its value reaches a launch without waiting for the device; a CUDA graph keeps it.
-        call = replace(call, seed=torch.randint(1 << 62, (), device="cpu"))
-    out, lse = _attend(implementation, call)
-    if not return_lse:
-        return out
-    return out, lse.masked_fill(lse == torch.inf, -torch.inf)  # inside, +inf makes the probabilities of such a row 0
-
-
-def _attend(implementation: str, call: Call) -> tuple[Tensor, Tensor]:
-    if implementation == "operator":
-        return operator_attention(call)
-    with torch.autocast(call.query.device.type, enabled=False):  # the inputs' dtype is what is asked for
-        if implementation == "reference":
-            return reference_attention(call)
-        return blockwise_attention(call, implementation)
-
-
-def check_implementation(implementation: str, name: str = "implementation") -> None:
-    """Check what an argument of that name holds; whether the implementation can run depends on the inputs.
-
-    Raises:
-        TypeError: it is not a string.
-        ValueError: there is no such implementation.
-    """
-    if not isinstance(implementation, str):
-        raise TypeError(f"{name}: expected a str, got {type_name(implementation)}")
-    if implementation not in _IMPLEMENTATIONS:
-        raise ValueError(f"{name}: expected 'auto', 'triton', 'cpp', 'torch' or 'reference', got {implementation!r}")
-
-
-def _choose(implementation: str, call: Call) -> str:
-    """What all but "reference" come to: "operator", "cpp" or "torch"."""
-    if implementation == "torch":
-        return "operator" if _has_no_data(call.query) else "torch"
-    if implementation == "cpp":
-        _refuse(implementation, cpp_limits.unsupported_reasons(call))
-    else:
-        reasons = triton_limits.unsupported_reasons(call)
-        if not reasons:
-            return "operator"
-        if implementation == "triton":
-            _refuse(implementation, reasons)
-    if not call.query.is_cuda and (torch.compiler.is_compiling() or _has_no_data(call.query)):
-        return "operator"  # runs the block-wise code on a CPU; one node of a graph, where that would be many
-    if implementation == "cpp":
-        return "cpp"
-    return "torch" if cpp_limits.unsupported_reasons(call) else "cpp"
-
-
-def _has_no_data(x: Tensor) -> bool:
-    """Whether there is only a shape to compute."""
-    return x.is_meta or isinstance(x, FakeTensor)
-
-
-def _refuse(implementation: str, reasons: list[str]) -> None:
-    if reasons:
-        raise ValueError(f"implementation={implementation!r} cannot run: {'; '.join(reasons)}; use 'auto' or 'torch'")
+    return answer(call, implementation, return_lse)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

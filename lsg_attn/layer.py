@@ -7,7 +7,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .checks import integer, probability, type_name
-from .functional import check_implementation, lsg_attention
+from .dispatch import check_implementation
+from .functional import lsg_attention
 from .pattern import LSGPattern
 
 

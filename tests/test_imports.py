@@ -34,7 +34,7 @@ def imports(name, is_nested):
 
 def test_no_modules_import_each_other_in_a_circle():
     graph = {name: imports(name, is_nested=False) for name in MODULES}
-    assert graph["lsg_attn.functional"] > {"lsg_attn.operator", "lsg_attn.reference"}
+    assert graph["lsg_attn.dispatch"] > {"lsg_attn.operator", "lsg_attn.reference"}
     TopologicalSorter(graph).prepare()  # raises CycleError
 
 

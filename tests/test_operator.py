@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from lsg_attn import SPARSITY_TYPES, LSGAttention, LSGPattern, lsg_attention
 from lsg_attn.call import Call
 from lsg_attn.compression import compress_call
-from lsg_attn.functional import _choose
+from lsg_attn.dispatch import _choose
 from lsg_attn.fused.limits import unsupported_reasons
 from lsg_attn.fused.results import allocate, to_save
 from lsg_attn.fused.schedules import missing_rows

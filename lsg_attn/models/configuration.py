@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from ..checks import type_name
-from ..functional import check_implementation
+from ..dispatch import check_implementation
 from ..pattern import LSGPattern
 from .family import GLOBAL_ROWS
 

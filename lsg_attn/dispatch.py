@@ -1,0 +1,87 @@
+"""Which implementation answers a call, and the answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .blockwise import limits as cpp_limits
+from .blockwise.attention import blockwise_attention
+from .call import Call
+from .checks import type_name
+from .fused import limits as triton_limits
+from .operator import operator_attention
+from .reference import reference_attention
+
+_IMPLEMENTATIONS = ("auto", "triton", "cpp", "torch", "reference")
+
+
+def answer(call: Call, implementation: str, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """The output of a checked call, whose seed is still to be drawn, and with ``return_lse`` its log-sum-exp.
+
+    Raises:
+        ValueError: the implementation cannot run.
+    """
+    if implementation != "reference":
+        implementation = _choose(implementation, call)
+    if call.dropout_p and implementation != "reference":
+        # On the CPU, so that its value reaches a launch without waiting for the device; a CUDA graph keeps it.
+        call = replace(call, seed=torch.randint(1 << 62, (), device="cpu"))
+    out, lse = _attend(implementation, call)
+    if not return_lse:
+        return out
+    return out, lse.masked_fill(lse == torch.inf, -torch.inf)  # inside, +inf makes the probabilities of such a row 0
+
+
+def check_implementation(implementation: str, name: str = "implementation") -> None:
+    """Check what an argument of that name holds; whether the implementation can run depends on the inputs.
+
+    Raises:
+        TypeError: it is not a string.
+        ValueError: there is no such implementation.
+    """
+    if not isinstance(implementation, str):
+        raise TypeError(f"{name}: expected a str, got {type_name(implementation)}")
+    if implementation not in _IMPLEMENTATIONS:
+        raise ValueError(f"{name}: expected 'auto', 'triton', 'cpp', 'torch' or 'reference', got {implementation!r}")
+
+
+def _attend(implementation: str, call: Call) -> tuple[Tensor, Tensor]:
+    if implementation == "operator":
+        return operator_attention(call)
+    with torch.autocast(call.query.device.type, enabled=False):  # the inputs' dtype is what is asked for
+        if implementation == "reference":
+            return reference_attention(call)
+        return blockwise_attention(call, implementation)
+
+
+def _choose(implementation: str, call: Call) -> str:
+    """What all but "reference" come to: "operator", "cpp" or "torch"."""
+    if implementation == "torch":
+        return "operator" if _has_no_data(call.query) else "torch"
+    if implementation == "cpp":
+        _refuse(implementation, cpp_limits.unsupported_reasons(call))
+    else:
+        reasons = triton_limits.unsupported_reasons(call)
+        if not reasons:
+            return "operator"
+        if implementation == "triton":
+            _refuse(implementation, reasons)
+    if not call.query.is_cuda and (torch.compiler.is_compiling() or _has_no_data(call.query)):
+        return "operator"  # runs the block-wise code on a CPU; one node of a graph, where that would be many
+    if implementation == "cpp":
+        return "cpp"
+    return "torch" if cpp_limits.unsupported_reasons(call) else "cpp"
+
+
+def _has_no_data(x: Tensor) -> bool:
+    """Whether there is only a shape to compute."""
+    return x.is_meta or isinstance(x, FakeTensor)
+
+
+def _refuse(implementation: str, reasons: list[str]) -> None:
+    if reasons:
+        raise ValueError(f"implementation={implementation!r} cannot run: {'; '.join(reasons)}; use 'auto' or 'torch'")
