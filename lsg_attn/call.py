@@ -27,6 +27,9 @@ class Call:
         scale: of the scores.
         pattern: who sees whom.
         first_head: the number that the first head has for ``stride`` and ``block_stride``, whose choice depends on it.
+        cu_seqlens: (n + 1,) int32 or int64, where the n sequences of a packed call start and the last one stops: the
+            batch is 1, and the length that of all together. None of others.
+        max_seqlen: of a packed call, a length that no sequence exceeds; else 0.
     """
 
     query: Tensor
@@ -39,11 +42,14 @@ class Call:
     scale: float
     pattern: LSGPattern
     first_head: int = 0
+    cu_seqlens: Tensor | None = None
+    max_seqlen: int = 0
 
     @property
     def num_tokens(self) -> int:
-        """T."""
-        return self.query.shape[2] - self.pattern.num_global_tokens
+        """T, of a packed call that of the longest sequence."""
+        length = self.query.shape[2] if self.cu_seqlens is None else self.max_seqlen
+        return length - self.pattern.num_global_tokens
 
     @property
     def num_slots(self) -> int:

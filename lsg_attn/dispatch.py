@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from .call import Call
 from .checks import type_name
 from .fused import limits as triton_limits
 from .operator import operator_attention
+from .packing import attend_each
 from .reference import reference_attention
 
 _IMPLEMENTATIONS = ("auto", "triton", "cpp", "torch", "reference")
@@ -23,8 +25,12 @@ def answer(call: Call, implementation: str, return_lse: bool) -> Tensor | tuple[
     """The output of a checked call, whose seed is still to be drawn, and with ``return_lse`` its log-sum-exp.
 
     Raises:
-        ValueError: the implementation cannot run.
+        TypeError: ``implementation`` is not a string, or ``return_lse`` not a bool.
+        ValueError: there is no such implementation, or it cannot run.
     """
+    check_implementation(implementation)
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse: expected a bool, got {type_name(return_lse)}")
     if implementation != "reference":
         implementation = _choose(implementation, call)
     if call.dropout_p and implementation != "reference":
@@ -54,8 +60,8 @@ def _attend(implementation: str, call: Call) -> tuple[Tensor, Tensor]:
         return operator_attention(call)
     with torch.autocast(call.query.device.type, enabled=False):  # the inputs' dtype is what is asked for
         if implementation == "reference":
-            return reference_attention(call)
-        return blockwise_attention(call, implementation)
+            return attend_each(reference_attention, call)
+        return attend_each(partial(blockwise_attention, implementation=implementation), call)
 
 
 def _choose(implementation: str, call: Call) -> str:

@@ -10,13 +10,17 @@ from torch import Tensor
 from .blockwise.attention import blockwise_backward, blockwise_forward
 from .call import Call
 from .fused.results import Saved, allocate, to_save
+from .packing import attend_each, sequences
 from .pattern import LSGPattern
 
 _OPTIONS = (
     "float dropout_p, float scale, int block_size, int sparse_block_size, int sparsity_factor, str sparsity_type, "
     "int num_global_tokens, int lsh_num_pre_rounds, int lsh_seed, bool causal, int first_head"
 )
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? attention_mask, Tensor? seed, Tensor[] projections"
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? attention_mask, Tensor? seed, Tensor[] projections, "
+    "Tensor? cu_seqlens, SymInt max_seqlen"
+)
 _SCHEMA = f"({_INPUTS}, {_OPTIONS}) -> Tensor[]"
 _BACKWARD_SCHEMA = f"(Tensor dout, Tensor? dlse, Tensor[] results, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
 
@@ -37,6 +41,8 @@ def _arguments(call: Call) -> tuple[Any, ...]:
         call.attention_mask,
         call.seed,
         list(call.projections),
+        call.cu_seqlens,
+        call.max_seqlen,
         call.dropout_p,
         call.scale,
         pattern.block_size,
@@ -53,12 +59,13 @@ def _arguments(call: Call) -> tuple[Any, ...]:
 
 def _call(
     query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, seed: Tensor | None,
-    projections: list[Tensor], dropout_p: float, scale: float, *fields: Any,
+    projections: list[Tensor], cu_seqlens: Tensor | None, max_seqlen: int, dropout_p: float, scale: float,
+    *fields: Any,
 ) -> Call:  # fmt: skip
     """The operator's arguments as a call."""
     inputs = (query, key, value, attention_mask, seed, tuple(projections))
     *of_pattern, first_head = fields
-    return Call(*inputs, dropout_p, scale, LSGPattern(*of_pattern), first_head)
+    return Call(*inputs, dropout_p, scale, LSGPattern(*of_pattern), first_head, cu_seqlens, max_seqlen)
 
 
 def _attention(*arguments: Any) -> list[Tensor]:
@@ -69,7 +76,7 @@ def _attention(*arguments: Any) -> list[Tensor]:
 
         return list(to_save(call, launch_forward(call)))
     with torch.autocast(call.query.device.type, enabled=False):
-        return list(blockwise_forward(call))
+        return list(attend_each(blockwise_forward, call))
 
 
 def _attention_backward(
@@ -82,7 +89,21 @@ def _attention_backward(
 
         return launch_backward(call, Saved(*results), dout, dlse)
     with torch.autocast(call.query.device.type, enabled=False):
-        return blockwise_backward(call, results[1], dout, dlse)
+        if call.cu_seqlens is None:
+            return blockwise_backward(call, results[1], dout, dlse)
+        return _backward_of_packed(call, results[1], dout, dlse)
+
+
+def _backward_of_packed(
+    call: Call, lse: Tensor, dout: Tensor, dlse: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of the packed query, key and value; see :func:`blockwise_backward`."""
+    dquery, dkey, dvalue = grads = [torch.empty_like(x) for x in (call.query, call.key, call.value)]
+    for rows, part in sequences(call):
+        of_part = (x if x is None else x[:, :, rows] for x in (lse, dout, dlse))
+        for grad, x in zip(grads, blockwise_backward(part, *of_part), strict=True):
+            grad[:, :, rows] = x
+    return dquery, dkey, dvalue
 
 
 def _attention_fake(*arguments: Any) -> list[Tensor]:
@@ -104,23 +125,23 @@ def _attention_backward_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """Keep for the backward the operator's inputs and all that it returned."""
-    query, key, value, attention_mask, seed, projections, *ctx.options = inputs
+    query, key, value, attention_mask, seed, projections, cu_seqlens, *ctx.options = inputs
     ctx.num_projections = len(projections)
-    ctx.save_for_backward(query, key, value, attention_mask, seed, *projections, *output)
+    ctx.save_for_backward(query, key, value, attention_mask, seed, cu_seqlens, *projections, *output)
     ctx.set_materialize_grads(False)  # no zeros for what has no gradient
 
 
 def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     """The gradients of the operator's inputs; of all three, as each needs most of what the others do."""
-    query, key, value, attention_mask, seed, *others = ctx.saved_tensors
+    query, key, value, attention_mask, seed, cu_seqlens, *others = ctx.saved_tensors
     projections, results = others[: ctx.num_projections], others[ctx.num_projections :]
-    none = (None, None, [None] * len(projections), *(None for _ in ctx.options))
+    none = (None, None, [None] * len(projections), None, *(None for _ in ctx.options))
     dout, dlse, *_ = grads
     if dout is None and dlse is None:
         return None, None, None, *none
     dout = torch.zeros_like(results[0]) if dout is None else dout
     dquery, dkey, dvalue = torch.ops.lsg_attn.attention_backward(
-        dout, dlse, results, query, key, value, attention_mask, seed, projections, *ctx.options
+        dout, dlse, results, query, key, value, attention_mask, seed, projections, cu_seqlens, *ctx.options
     )
     return dquery, dkey, dvalue, *none
 

@@ -133,10 +133,8 @@ class Sweep:
         for entry in range(call.query.shape[0]):
             for chosen in itertools.starmap(slice, self.head_spans):
                 compression = None if self.compression is None else self.compression.part(entry, chosen)
-                query, key_heads = (
-                    call.query[entry, chosen],
-                    slice(chosen.start // self.group, chosen.stop // self.group),
-                )
+                key_heads = slice(chosen.start // self.group, chosen.stop // self.group)
+                query = call.query[entry, chosen]
                 key, value = (x[entry, key_heads].expand(query.shape) for x in (call.key, call.value))
                 slots, keep = None, {"sequence": self.keep[entry : entry + 1]}
                 if compression is not None:

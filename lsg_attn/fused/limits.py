@@ -59,6 +59,8 @@ def unsupported_reasons(call: Call) -> list[str]:
         reasons.append("the pattern is causal, the kernels take none so far")
     if call.key.shape[1] != query.shape[1]:
         reasons.append(f"the keys have {call.key.shape[1]} heads, the kernels need those of the query so far")
+    if call.cu_seqlens is not None:
+        reasons.append("the sequences are packed, the kernels take none so far")
     if call.first_head and pattern.rule.varies_by_head:
         reasons.append(f"first_head is {call.first_head}, the kernels take only 0 so far")
     if call.scale <= 0:
