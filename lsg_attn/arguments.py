@@ -20,6 +20,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def checked_call(
     query: Tensor, key: Tensor, value: Tensor, pattern: LSGPattern, attention_mask: Tensor | None, dropout_p: float,
     scale: float | None, lsh_projections: Sequence[Tensor] | None, first_head: int | None,
+    cu_seqlens: Tensor | None = None, max_seqlen: int = 0,
 ) -> Call:  # fmt: skip
     """The call that the arguments of ``lsg_attention`` ask for, without its seed.
 
@@ -30,7 +31,7 @@ def checked_call(
     _, heads, length, head_dim = query.shape
     if not isinstance(pattern, LSGPattern):
         raise TypeError(f"pattern: expected an LSGPattern, got {type_name(pattern)}")
-    if pattern.num_global_tokens > length:
+    if cu_seqlens is None and pattern.num_global_tokens > length:
         raise ValueError(
             f"num_global_tokens: expected at most the sequence's length {length}, got {pattern.num_global_tokens}"
         )
@@ -45,7 +46,8 @@ def checked_call(
                 "lsh_projections: expected tensors where first_head is given, as the draws depend on the number of all "
                 "heads; lsg_attn.compression.lsh_directions makes those of all heads"
             )
-    call = Call(query, key, value, attention_mask, None, projections, dropout_p, scale, pattern, first_head or 0)
+    inputs = (query, key, value, attention_mask, None, projections)
+    call = Call(*inputs, dropout_p, scale, pattern, first_head or 0, cu_seqlens, max_seqlen)
     # A graph may be for any length: it does not ask whether this one has slots.
     is_uncovered = first_head is None and pattern.rule.varies_by_head and pattern.sparsity_factor > heads
     if is_uncovered and (torch.compiler.is_compiling() or call.num_slots):

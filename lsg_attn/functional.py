@@ -10,6 +10,7 @@ from torch import Tensor
 from .arguments import checked_call
 from .dispatch import answer
 from .pattern import LSGPattern
+from .varlen import nested_attention
 
 
 @overload
@@ -48,7 +49,8 @@ def lsg_attention(
         query, key, value: (batch, heads, G+T, head_dim), of one device and one dtype out of float64, float32,
             bfloat16, float16; any strides. The first G = ``pattern.num_global_tokens`` positions are global.
             T need not be a multiple of the block size. Key and value may have fewer heads, which divide the query's
-            (grouped-query attention): head h of the query reads key head ``h // (heads / key heads)``.
+            (grouped-query attention): head h of the query reads key head ``h // (heads / key heads)``. Jagged nested
+            tensors (batch, heads, j, head_dim) have sequences of several lengths, as in :func:`lsg_attention_varlen`.
         pattern: who sees whom.
         attention_mask: (batch, G+T), or (batch, T) where the globals are visible; bool or integer, true or nonzero
             for a token, false or 0 for padding. Padding is not seen. Its values never matter to other rows as long as
@@ -79,6 +81,13 @@ def lsg_attention(
         TypeError: an argument is not of the type named above.
         ValueError: shapes, dtypes or devices do not fit, a number is out of range, or the implementation cannot run.
     """
+    if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value)):
+        if attention_mask is not None:
+            raise ValueError("attention_mask: expected None for nested tensors, which have no padding")
+        return nested_attention(
+            query, key, value, pattern, dropout_p, scale, implementation, lsh_projections, return_lse=return_lse,
+            first_head=first_head,
+        )  # fmt: skip
     call = checked_call(
         query, key, value, pattern, attention_mask, dropout_p, scale, lsh_projections, first_head
     )  # fmt: skip

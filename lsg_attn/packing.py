@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,15 +20,15 @@ def sequences(call: Call) -> Iterator[tuple[slice, Call]]:
     if call.cu_seqlens is None:
         yield slice(None), call
         return
-    bounds: list[int] = call.cu_seqlens.tolist()
-    lengths = [stop - start for start, stop in zip(bounds, bounds[1:])]
+    starts: list[int] = call.cu_seqlens.tolist()
+    lengths = [stop - start for start, stop in pairwise(starts)]
     # split, as its one backward writes each gradient once
     inputs = zip(*(x.split(lengths, 2) for x in (call.query, call.key, call.value)), strict=True)
-    for number, (start, length, (query, key, value)) in enumerate(zip(bounds, lengths, inputs)):
+    for number, (query, key, value) in enumerate(inputs):
         seed = None if call.seed is None else call.seed + number
-        if length:
+        if lengths[number]:
             part = replace(call, query=query, key=key, value=value, seed=seed, cu_seqlens=None, max_seqlen=0)
-            yield slice(start, start + length), part
+            yield slice(starts[number], starts[number + 1]), part
 
 
 def attend_each(attend: Callable[[Call], tuple[Tensor, Tensor]], call: Call) -> tuple[Tensor, Tensor]:
