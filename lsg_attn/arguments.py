@@ -36,6 +36,8 @@ def checked_call(
             f"num_global_tokens: expected at most the sequence's length {length}, got {pattern.num_global_tokens}"
         )
     check_mask(attention_mask, query, pattern.num_global_tokens)
+    if attention_mask is not None:
+        attention_mask = attention_mask.expand(len(query), -1)
     dropout_p = probability("dropout_p", dropout_p)
     scale = 1.0 / math.sqrt(head_dim) if scale is None else number("scale", scale)
     projections = _projections(lsh_projections, pattern, heads, head_dim, query.device)
@@ -65,6 +67,13 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             raise TypeError(f"{name}: expected a torch.Tensor, got {type_name(x)}")
         if x.dtype not in _DTYPES:
             raise TypeError(f"{name}: expected a dtype out of {_DTYPES}, got {x.dtype}")
+        if x.is_nested or x.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
+        if hasattr(x, "placements"):
+            raise ValueError(
+                f"{name}: expected a tensor of this process, got a DTensor; pass {name}.to_local(), and first_head "
+                "where its heads are shared out"
+            )
         if x.dim() != 4:
             raise ValueError(f"{name}: expected 4 dimensions (batch, heads, G+T, head_dim), got shape {tuple(x.shape)}")
         for what in ("dtype", "device"):

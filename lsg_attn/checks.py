@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from typing import NoReturn
 
 
 def integer(name: str, value: object, least: int) -> int:
@@ -51,6 +52,11 @@ def probability(name: str, value: object) -> float:
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{name}: expected a probability in [0, 1), got {p}")
     return p
+
+
+def refuse_second_derivative() -> NoReturn:
+    """Raise the RuntimeError of an implementation whose gradients cannot be differentiated."""
+    raise RuntimeError("this attention can be differentiated once; use implementation='reference' to do so again")
 
 
 def type_name(value: object) -> str:

@@ -32,10 +32,15 @@ def answer(call: Call, implementation: str, return_lse: bool) -> Tensor | tuple[
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: expected a bool, got {type_name(return_lse)}")
     if implementation != "reference":
+        if torch._C._are_functorch_transforms_active():
+            raise ValueError(
+                f"implementation={implementation!r} cannot run under transforms of torch.func; use 'reference'"
+            )
         implementation = _choose(implementation, call)
     if call.dropout_p and implementation != "reference":
         # On the CPU, so that its value reaches a launch without waiting for the device; a CUDA graph keeps it.
-        call = replace(call, seed=torch.randint(1 << 62, (), device="cpu"))
+        # Processes that share the heads out may draw the same number: each adds its own.
+        call = replace(call, seed=torch.randint(1 << 62, (), device="cpu") + call.first_head)
     out, lse = _attend(implementation, call)
     if not return_lse:
         return out

@@ -52,10 +52,10 @@ def lsg_attention(
             (grouped-query attention): head h of the query reads key head ``h // (heads / key heads)``. Jagged nested
             tensors (batch, heads, j, head_dim) have sequences of several lengths, as in :func:`lsg_attention_varlen`.
         pattern: who sees whom.
-        attention_mask: (batch, G+T), or (batch, T) where the globals are visible; bool or integer, true or nonzero
-            for a token, false or 0 for padding. Padding is not seen. Its values never matter to other rows as long as
-            its scores are finite in the dtype. One exception: ``bos_pooling`` weights by the query of the first token,
-            even if that is padding. A query that sees nothing gives 0.
+        attention_mask: (batch, G+T), or (batch, T) where the globals are visible, or one row for all; bool or integer,
+            true or nonzero for a token, false or 0 for padding. Padding is not seen. Its values never matter to other
+            rows as long as its scores are finite in the dtype. One exception: ``bos_pooling`` weights by the query of
+            the first token, even if that is padding. A query that sees nothing gives 0.
         dropout_p: probability, in [0, 1), that an attention probability is zeroed; the rest is scaled by 1/(1-p).
             It applies whenever it is not 0: pass 0 in evaluation. Seeded by ``torch.manual_seed``; from one seed,
             implementations draw different masks.

@@ -8,8 +8,10 @@ from torch import Tensor
 from .checks import type_name
 
 
-def check_mask(attention_mask: Tensor | None, query: Tensor, num_global_tokens: int) -> None:
-    """Check a mask (batch, T) or (batch, G+T) for queries (batch, heads, G+T, head_dim).
+def check_mask(
+    attention_mask: Tensor | None, query: Tensor, num_global_tokens: int, name: str = "attention_mask"
+) -> None:
+    """Check a mask (batch or 1, T) or (batch or 1, G+T) for queries (batch, heads, G+T, head_dim).
 
     Raises:
         TypeError: the mask is not a tensor of bool or integers.
@@ -18,18 +20,19 @@ def check_mask(attention_mask: Tensor | None, query: Tensor, num_global_tokens: 
     if attention_mask is None:
         return
     if not isinstance(attention_mask, Tensor):
-        raise TypeError(f"attention_mask: expected a torch.Tensor, got {type_name(attention_mask)}")
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type_name(attention_mask)}")
     if attention_mask.is_floating_point() or attention_mask.is_complex():
-        raise TypeError(f"attention_mask: expected bool or integers (nonzero for a token), got {attention_mask.dtype}")
+        raise TypeError(f"{name}: expected bool or integers (nonzero for a token), got {attention_mask.dtype}")
     batch, _, length, _ = query.shape
     shapes = (batch, length - num_global_tokens), (batch, length)
-    if tuple(attention_mask.shape) not in shapes:
+    shape = tuple(attention_mask.shape)
+    if len(shape) != 2 or shape[0] not in (batch, 1) or shape[1] not in (shapes[0][1], shapes[1][1]):
         raise ValueError(
-            f"attention_mask: expected shape (batch, T) = {shapes[0]} or (batch, G+T) = {shapes[1]}, "
-            f"got {tuple(attention_mask.shape)}"
+            f"{name}: expected shape (batch, T) = {shapes[0]} or (batch, G+T) = {shapes[1]}, or a batch of 1; "
+            f"got {shape}"
         )
     if attention_mask.device != query.device:
-        raise ValueError(f"attention_mask: expected query's device {query.device}, got {attention_mask.device}")
+        raise ValueError(f"{name}: expected query's device {query.device}, got {attention_mask.device}")
 
 
 def full_mask(attention_mask: Tensor | None, query: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .blockwise.attention import blockwise_backward, blockwise_forward
 from .call import Call
+from .checks import refuse_second_derivative
 from .fused.results import Saved, allocate, to_save
 from .packing import attend_each, sequences
 from .pattern import LSGPattern
@@ -149,6 +150,8 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 _operator = torch.library.custom_op("lsg_attn::attention", _attention, mutates_args=(), schema=_SCHEMA)
 _operator.register_fake(_attention_fake)
 _operator.register_autograd(_differentiate, setup_context=_save)
-torch.library.custom_op(
+_backward_operator = torch.library.custom_op(
     "lsg_attn::attention_backward", _attention_backward, mutates_args=(), schema=_BACKWARD_SCHEMA
-).register_fake(_attention_backward_fake)
+)
+_backward_operator.register_fake(_attention_backward_fake)
+_backward_operator.register_autograd(lambda ctx, *grads: refuse_second_derivative())

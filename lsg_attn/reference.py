@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -17,7 +18,7 @@ def reference_attention(call: Call) -> tuple[Tensor, Tensor]:
 
     Dropout draws from PyTorch's generator.
     """
-    call = _with_all_heads(call)
+    call = with_all_heads(call)
     query, key, value, pattern = call.query, call.key, call.value, call.pattern
     first = pattern.num_global_tokens
     visible = visible_tokens(pattern, key.shape[-2]).to(key.device) & call.keep()[:, None, None, :]
@@ -34,7 +35,7 @@ def reference_attention(call: Call) -> tuple[Tensor, Tensor]:
     return out, lse.masked_fill(~visible.any(-1), torch.inf)
 
 
-def _with_all_heads(call: Call) -> Call:
+def with_all_heads(call: Call) -> Call:
     """The call with a copy of a key head for each head of the query that reads it."""
     group = call.query.shape[1] // call.key.shape[1]
     if group == 1:
@@ -42,28 +43,31 @@ def _with_all_heads(call: Call) -> Call:
     return replace(call, key=call.key.repeat_interleave(group, 1), value=call.value.repeat_interleave(group, 1))
 
 
-def visible_tokens(pattern: LSGPattern, length: int) -> Tensor:
-    """(length, length) bool: which of the G+T tokens (columns) each query (row) sees as they are."""
-    first, num_tokens = pattern.num_global_tokens, length - pattern.num_global_tokens
-    if pattern.is_dense(num_tokens):
-        visible = torch.ones(length, length, dtype=torch.bool)
-        return visible & _not_later(pattern, length) if pattern.causal else visible
-    visible = torch.zeros(length, length, dtype=torch.bool)
-    visible[:first] = True
-    visible[:, :first] = True
-    for block, rows in _blocks(pattern, length):
+def visible_tokens(pattern: LSGPattern, length: int, rows: Tensor | None = None) -> Tensor:
+    """(rows, length) bool: which of the G+T tokens (columns) each query sees as they are.
+
+    ``rows``: (rows,) int64, the positions of the queries, by default all.
+    """
+    rows = torch.arange(length) if rows is None else rows
+    first, columns = pattern.num_global_tokens, torch.arange(length)
+    visible = torch.zeros(len(rows), length, dtype=torch.bool)
+    if pattern.is_dense(length - first):
+        visible[:] = True
+    for block, chosen in _blocks(pattern, rows):
         start, stop = pattern.local_window(block)
-        visible[rows, first + max(start, 0) : first + stop] = True
-    return visible & _not_later(pattern, length) if pattern.causal else visible
+        visible[chosen, first + max(start, 0) : first + stop] = True
+    visible[rows < first] = True
+    visible[:, :first] = True
+    return visible & ((columns < first) | (columns <= rows[:, None])) if pattern.causal else visible
 
 
-def visible_slots(pattern: LSGPattern, length: int) -> Tensor:
-    """(length, N) bool: which compressed keys (columns) each query (row) sees."""
-    num_tokens = length - pattern.num_global_tokens
-    visible = torch.zeros(length, pattern.num_slots(num_tokens), dtype=torch.bool)
-    for block, rows in _blocks(pattern, length):
+def visible_slots(pattern: LSGPattern, length: int, rows: Tensor | None = None) -> Tensor:
+    """(rows, N) bool: which compressed keys (columns) each query sees; ``rows`` as in :func:`visible_tokens`."""
+    rows = torch.arange(length) if rows is None else rows
+    visible = torch.zeros(len(rows), pattern.num_slots(length - pattern.num_global_tokens), dtype=torch.bool)
+    for block, chosen in _blocks(pattern, rows):
         for start, stop in pattern.sparse_windows(block):
-            visible[rows, max(start, 0) : max(stop, 0)] = True
+            visible[chosen, max(start, 0) : max(stop, 0)] = True
     return visible
 
 
@@ -75,13 +79,8 @@ def visible_in_slots(slots: Tensor, compression: Compression, head: int) -> Tens
     return slots[:, compression.slot[0, head]] & (compression.weight[0, head] > 0)
 
 
-def _not_later(pattern: LSGPattern, length: int) -> Tensor:
-    """(length, length) bool: which tokens (columns) are global, or no later than the query's own (row)."""
-    index = torch.arange(length)
-    return (index < pattern.num_global_tokens) | (index <= index[:, None])
-
-
-def _blocks(pattern: LSGPattern, length: int) -> list[tuple[int, slice]]:
-    first, size = pattern.num_global_tokens, pattern.block_size
-    starts = range(first, length, size)
-    return [(block, slice(start, start + size)) for block, start in enumerate(starts)]
+def _blocks(pattern: LSGPattern, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Each block of queries, and where its rows are among ``rows``."""
+    blocks = (rows - pattern.num_global_tokens).div(pattern.block_size, rounding_mode="floor")
+    for block in blocks[rows >= pattern.num_global_tokens].unique().tolist():
+        yield block, (blocks == block).nonzero().squeeze(1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..call import Call
+from ..checks import refuse_second_derivative
 from ..compression import Compression
 from . import compiled, eager
 from .limits import unsupported_reasons
@@ -32,7 +33,7 @@ def blockwise_attention(call: Call, implementation: str) -> tuple[Tensor, Tensor
     inputs = (call.query, call.key, call.value, call.attention_mask, call.seed)
     options = (call.dropout_p, call.scale, call.pattern, call.first_head)
     steps = _STEPS[implementation]
-    how = (steps, torch.get_num_threads(), _compress(steps, call))
+    how = (steps, _threads(call), _compress(steps, call))
     out, lse = _BlockwiseAttention.apply(*inputs, options, *how)  # type: ignore[no-untyped-call]
     return out, lse
 
@@ -85,10 +86,24 @@ class _BlockwiseAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, attention_mask, seed, lse = ctx.saved_tensors
         dout = torch.zeros_like(query) if dout is None else dout
         call = Call(query, key, value, attention_mask, seed, (), *ctx.options)
-        grads = ctx.steps.backward(call, ctx.compression, ctx.threads, lse, dout, dlse)
+        with torch.no_grad():
+            grads = ctx.steps.backward(call, ctx.compression, ctx.threads, lse, dout, dlse)
+        if torch.is_grad_enabled():  # with create_graph=True
+            grads = _OnlyOnce.apply(grads, query, key, value, dout, dlse)  # type: ignore[no-untyped-call]
         return *grads, *(None for _ in range(6))
+
+
+class _OnlyOnce(torch.autograd.Function):
+    """Hands gradients on, and refuses to differentiate them."""
+
+    @staticmethod
+    def forward(ctx: Any, grads: tuple[Tensor, ...], *_: Tensor | None) -> tuple[Tensor, ...]:
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[None, ...]:
+        refuse_second_derivative()

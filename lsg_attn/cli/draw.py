@@ -51,6 +51,11 @@ def kinds_of_keys(pattern: LSGPattern, num_tokens: int, num_padding: int = 0, he
     kinds = torch.full((length, length), NOT_SEEN)
     kinds[visible_tokens(pattern, length)] = LOCAL
     kinds[:first] = kinds[:, :first] = GLOBAL
+    if pattern.rule.varies_by_head and head >= pattern.sparsity_factor:
+        raise ValueError(
+            f"head: expected less than sparsity_factor={pattern.sparsity_factor}, as later heads of "
+            f"{pattern.sparsity_type} repeat these; got {head}"
+        )
     query, key = torch.randn(2, 1, head + 1, num_tokens, 16, generator=torch.Generator().manual_seed(seed))
     keep = torch.arange(num_tokens)[None] < num_tokens - num_padding
     compression = compress(pattern, Tokens(query, key, keep, 0.25))

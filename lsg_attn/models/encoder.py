@@ -55,12 +55,12 @@ class LSGSelfAttention(LSGAttention):
         query, key, value = (getattr(self, name) for name in self.names[:3])
         return query, key, value
 
-    def attend(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def attend(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **lengths: Any) -> Tensor:
         """The weighted values (batch, G+T, width), heads side by side.
 
         In a causal model the original computes no attention for global tokens: their result is their query itself.
         """
-        out = super().attend(hidden_states, attention_mask)
+        out = super().attend(hidden_states, attention_mask, **lengths)
         if not self.pattern.causal:
             return out
         num_globals = self.pattern.num_global_tokens
