@@ -1,4 +1,4 @@
-"""Global tokens anywhere in a sequence, as Longformer marks them, by a gather before the attention and a scatter after."""
+"""Global tokens anywhere in a sequence, as Longformer marks them: a gather before the attention, a scatter after it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def with_global_positions(
     hidden where they were, and their results written back.
 
     Args:
-        query, key, value: (batch, heads, T, head_dim), as in :func:`lsg_attention` but without global positions in front.
+        query, key, value: (batch, heads, T, head_dim), as in :func:`lsg_attention` without global positions in front.
         pattern: its ``num_global_tokens`` is the most that a sequence may mark; not causal.
         global_attention_mask: (batch, T) bool or integer, nonzero where a token is global.
         attention_mask: (batch, T), as in :func:`lsg_attention`; a marked token of padding is padding.
@@ -42,8 +42,9 @@ def with_global_positions(
         (batch, heads, T, head_dim).
 
     Raises:
-        TypeError, ValueError: as :func:`lsg_attention` says; the pattern is causal; or a sequence marks more tokens than
-            the pattern has globals, which on a GPU ends the process's use of it, as there nothing waits for the count.
+        TypeError, ValueError: as :func:`lsg_attention` says; the pattern is causal; or a sequence marks more tokens
+            than the pattern has globals. On a GPU the latter is a failed assertion of the device, as nothing waits for
+            the count.
     """
     if not isinstance(global_attention_mask, Tensor):
         raise TypeError(f"global_attention_mask: expected a torch.Tensor, got {type_name(global_attention_mask)}")
@@ -58,8 +59,7 @@ def with_global_positions(
         raise ValueError(f"num_global_tokens: expected at most the sequence's length {length}, got {count}")
     check_mask(global_attention_mask, query, 0, "global_attention_mask")
     check_mask(attention_mask, query, 0)
-    marked = full_mask(global_attention_mask, query)
-    keep = full_mask(attention_mask, query)
+    marked, keep = (full_mask(x, query).expand(len(query), -1) for x in (global_attention_mask, attention_mask))
     _check_count(marked, count)
     # Marked positions first, in order; where a sequence marks fewer, others follow and are hidden.
     index = marked.int().argsort(dim=-1, descending=True, stable=True)[:, :count]  # (batch, G)

@@ -27,8 +27,8 @@ def attention_weights(
     """The attention probabilities of some queries over the globals and tokens.
 
     The probability of a compressed key goes to the tokens that it is made of, by their weights in it. So
-    ``weights @ value`` is what :func:`lsg_attention` gives these queries. A row sums to 1, or a little less where it sees
-    means of tokens, whose weights sum to a little less than 1, as in the original.
+    ``weights @ value`` is what :func:`lsg_attention` gives these queries. A row sums to 1; where it sees means of
+    tokens, to a little less, as do the weights of a mean in the original.
 
     Args:
         query, key, pattern, attention_mask, scale, lsh_projections: as in :func:`lsg_attention`.
