@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .call import Call
 from .pattern import LSGPattern
@@ -106,7 +107,7 @@ class Choice(Compression):
     def _of_tokens(self, x: Tensor) -> Tensor:
         """Bring x (..., N) to the slots' tokens; of the others, 0."""
         out = x.new_zeros(*x.shape[:-1], self.length + 1)  # the last place is for what lies past the end
-        return out.scatter_(-1, self.token.clamp(max=self.length), x)[..., : self.length]
+        return _without_padding(out.scatter_(-1, self.token.clamp(max=self.length), x), self.length)
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,27 @@ class Tokens:
 
 def compress(pattern: LSGPattern, tokens: Tokens) -> Compression | None:
     """The compression that ``pattern`` asks for, or None where no query sees a compressed key."""
-    if pattern.num_slots(tokens.shape[-1]) == 0:
+    if not pattern.has_sparse or slots_of(pattern, tokens.shape[-1]) == 0:
         return None
     return _COMPRESSIONS[pattern.compression](pattern, tokens)
+
+
+def slots_of(pattern: LSGPattern, num_tokens: int) -> int:
+    """The slots of T tokens: :meth:`.LSGPattern.num_slots`, or in a graph for any T, those of :func:`_blocks_of`."""
+    if torch.compiler.is_compiling():
+        return _blocks_of(pattern, num_tokens) * pattern.step
+    return pattern.num_slots(num_tokens)
+
+
+def _blocks_of(pattern: LSGPattern, num_tokens: int) -> int:
+    """The blocks that T tokens are filled up to: as few as can be; in a graph for any T, at least two.
+
+    A graph for a single block would not do for more. The slots of a block of padding are not kept; and where T <= 2B no
+    query sees any.
+    """
+    if torch.compiler.is_compiling():
+        return num_tokens // pattern.block_size + 2
+    return pattern.num_blocks(num_tokens)
 
 
 def compress_call(call: Call) -> Compression | None:
@@ -193,22 +212,23 @@ def lsh_directions(pattern: LSGPattern, heads: int, head_dim: int) -> tuple[Tens
 def _draw_directions(seed: int, heads: int, head_dim: int, buckets: tuple[int, ...]) -> tuple[Tensor, ...]:
     generator = torch.Generator("cpu").manual_seed(seed)
     options: dict[str, Any] = {"generator": generator, "device": "cpu", "dtype": torch.float32}
-    return tuple(torch.randn(heads, head_dim, m // 2, **options) for m in buckets)
+    with _disable_current_modes():  # while a graph is traced, too, these are numbers: constants of the graph
+        return tuple(torch.randn(heads, head_dim, m // 2, **options) for m in buckets)
 
 
 def _identity(pattern: LSGPattern, tokens: Tokens) -> Compression:
-    return _choice(pattern, tokens, torch.arange(pattern.num_slots(tokens.shape[-1]), device=tokens.key.device))
+    return _choice(pattern, tokens, torch.arange(slots_of(pattern, tokens.shape[-1]), device=tokens.key.device))
 
 
 def _stride(pattern: LSGPattern, tokens: Tokens) -> Compression:
     """Head h takes tokens n f + (h mod f)."""
-    slot = torch.arange(pattern.num_slots(tokens.shape[-1]), device=tokens.key.device)
+    slot = torch.arange(slots_of(pattern, tokens.shape[-1]), device=tokens.key.device)
     return _choice(pattern, tokens, slot * pattern.sparsity_factor + tokens.head_numbers() % pattern.sparsity_factor)
 
 
 def _block_stride(pattern: LSGPattern, tokens: Tokens) -> Compression:
     """Head h takes, in each block, the ``step`` tokens at offsets (h step + j) mod B."""
-    slot = torch.arange(pattern.num_slots(tokens.shape[-1]), device=tokens.key.device)
+    slot = torch.arange(slots_of(pattern, tokens.shape[-1]), device=tokens.key.device)
     block, offset = slot // pattern.step, slot % pattern.step
     offset = (tokens.head_numbers() * pattern.step + offset) % pattern.block_size
     return _choice(pattern, tokens, block * pattern.block_size + offset)
@@ -223,9 +243,13 @@ def _norm(pattern: LSGPattern, tokens: Tokens) -> Compression:
     for part in _parts(tokens.key):
         torch.linalg.vector_norm(tokens.key[part].detach(), dim=-1, dtype=tokens.dtype, out=norms[part])
     norms = norms.masked_fill(~tokens.keep.unsqueeze(1), -1.0)  # below every kept token, also one of norm 0
-    norms = _pad_to_blocks(pattern, norms, -1.0).unflatten(-1, (-1, pattern.chunk))
-    chosen = norms.argsort(dim=-1, descending=True, stable=True)[..., : pattern.chunk // pattern.sparsity_factor]
-    first = torch.arange(0, norms.shape[-2] * pattern.chunk, pattern.chunk, device=norms.device)
+    norms = _in_pieces(pattern, pattern.chunk, norms, -1.0)
+    count = pattern.chunk // pattern.sparsity_factor
+    if torch.onnx.is_in_onnx_export():  # ONNX has no stable sort, but its TopK takes the earlier of equals
+        chosen = norms.topk(count).indices
+    else:
+        chosen = norms.argsort(dim=-1, descending=True, stable=True)[..., :count]
+    first = torch.arange(norms.shape[-2], device=norms.device) * pattern.chunk
     token = (chosen.flip(-1) + first.unsqueeze(-1)).flatten(-2)
     return _choice(pattern, tokens, token if tokens.group == 1 else token.repeat_interleave(tokens.group, 1))
 
@@ -233,21 +257,21 @@ def _norm(pattern: LSGPattern, tokens: Tokens) -> Compression:
 def _pooling(pattern: LSGPattern, tokens: Tokens) -> Compression:
     """The mean of the kept tokens of each group of f."""
     slot = _group_of(pattern, tokens)
-    return _mean(tokens, slot, pattern.num_slots(tokens.shape[-1]), _POOLING_EPS)
+    return _mean(tokens, slot, slots_of(pattern, tokens.shape[-1]), _POOLING_EPS)
 
 
 def _bos_pooling(pattern: LSGPattern, tokens: Tokens) -> Compression:
     """A softmax in each group of f over the scores of the first token's query, whether that is padding or not."""
     bos = tokens.query[:, :, 0].unflatten(1, (-1, tokens.group)).mT  # (batch, key heads, head_dim, group)
     scores = (tokens.key @ bos).mT.flatten(1, 2).to(tokens.dtype) * tokens.scale  # (batch, heads, T)
-    keep = _pad_to_blocks(pattern, tokens.keep.unsqueeze(1), False).unflatten(-1, (-1, pattern.sparsity_factor))
-    scores = _pad_to_blocks(pattern, scores, 0.0).unflatten(-1, (-1, pattern.sparsity_factor))
+    keep = _in_pieces(pattern, pattern.sparsity_factor, tokens.keep.unsqueeze(1), False)
+    scores = _in_pieces(pattern, pattern.sparsity_factor, scores, 0.0)
     scores = scores.masked_fill(~keep, torch.finfo(scores.dtype).min)  # finite: a group of padding is not NaN
     weight = (scores.softmax(dim=-1) * keep).flatten(-2)
     batch, heads, length = tokens.shape
     return Sums(
         slot=_group_of(pattern, tokens).expand(batch, heads, length),
-        weight=weight[..., :length],
+        weight=_without_padding(weight, length),
         keep=keep.any(-1).expand(batch, heads, -1),
     )
 
@@ -261,7 +285,7 @@ def _lsh(pattern: LSGPattern, tokens: Tokens) -> Compression:
     directions = directions_of(pattern, tokens)
     slot = torch.empty(tokens.shape, dtype=torch.int64, device=tokens.key.device)
     scratch = Workspace(tokens.key, tokens.dtype)
-    has_padding = [not keep.all() for keep in tokens.keep]
+    has_padding = [torch.compiler.is_compiling() or not keep.all() for keep in tokens.keep]
     key_head = torch.arange(tokens.shape[1]) // tokens.group
     for part in _parts(slot):
         entry, chosen = part
@@ -283,13 +307,13 @@ def directions_of(pattern: LSGPattern, tokens: Tokens) -> list[Tensor]:
 
 def mean_of_clusters(pattern: LSGPattern, tokens: Tokens, slot: Tensor) -> Compression:
     """The map of ``lsh``, given each token's slot (batch, heads, T) int64."""
-    return _mean(tokens, slot, pattern.num_slots(tokens.shape[-1]), _LSH_EPS)
+    return _mean(tokens, slot, slots_of(pattern, tokens.shape[-1]), _LSH_EPS)
 
 
 def _clusters(pattern: LSGPattern, x: Tensor, directions: Sequence[Tensor], scratch: Workspace) -> Tensor:
     """The slot (heads, T) of each token of x (heads, T, head_dim), of which padding is 0."""
     length, buckets = x.shape[1], pattern.lsh_buckets
-    x = _pad_to_blocks(pattern, x.mT, 0.0).mT.unflatten(1, (-1, pattern.chunk))  # (heads, chunks, c, head_dim)
+    x = _in_pieces(pattern, pattern.chunk, x.mT, 0.0).movedim(1, -1)  # (heads, chunks, c, head_dim)
     cluster = torch.arange(pattern.chunk, device=x.device).expand(x.shape[:-1])
     for i, (m, direction) in enumerate(zip(buckets, directions, strict=True)):
         bucket = _hash(x, direction, scratch)
@@ -297,8 +321,8 @@ def _clusters(pattern: LSGPattern, x: Tensor, directions: Sequence[Tensor], scra
         if i + 1 < len(buckets):
             sums = scratch.empty(f"sums {i % 2}", *x.shape[:-2], m, x.shape[-1])  # x may lie in the other one
             x = sum_rows(x, bucket, sums.zero_())
-    first = torch.arange(0, cluster.shape[-2] * buckets[-1], buckets[-1], device=x.device)
-    return (cluster + first.unsqueeze(-1)).flatten(-2)[..., :length]
+    first = torch.arange(cluster.shape[-2], device=x.device) * buckets[-1]
+    return _without_padding((cluster + first.unsqueeze(-1)).flatten(-2), length)
 
 
 def _hash(x: Tensor, direction: Tensor, scratch: Workspace) -> Tensor:
@@ -309,10 +333,14 @@ def _hash(x: Tensor, direction: Tensor, scratch: Workspace) -> Tensor:
     half = direction.shape[-1]
     if half == 0:  # a single bucket
         return torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
-    products = scratch.matmul("products", x.flatten(1, 2), direction)
-    magnitudes = torch.abs(products, out=scratch.empty("magnitudes", *products.shape))
+    if torch.compiler.is_compiling():
+        products = x @ direction.unsqueeze(1)
+        magnitudes = products.abs()
+    else:
+        products = scratch.matmul("products", x.flatten(1, 2), direction).view(*x.shape[:-1], half)
+        magnitudes = torch.abs(products, out=scratch.empty("magnitudes", *products.shape))
     largest = magnitudes.max(-1, keepdim=True).indices  # faster than argmax
-    return (largest + half * (products.gather(-1, largest) < 0)).view(x.shape[:-1])
+    return (largest + half * (products.gather(-1, largest) < 0)).squeeze(-1)
 
 
 def _parts(x: Tensor) -> Iterator[tuple[int, slice]]:
@@ -339,7 +367,8 @@ def _mean(tokens: Tokens, slot: Tensor, num_slots: int, eps: float) -> Compressi
     slot = slot.expand(batch, heads, length)
     keep = tokens.keep.unsqueeze(1).to(tokens.dtype).expand(batch, heads, length)
     count = keep.new_zeros(batch, heads, num_slots).scatter_add_(-1, slot, keep)
-    return Sums(slot, keep / (count.gather(-1, slot) + eps), count > 0)
+    # eps again as the least: an optimizer of ONNX graphs leaves out the sum, as if eps were 0
+    return Sums(slot, keep / (count.gather(-1, slot) + eps).clamp(min=eps), count > 0)
 
 
 def _group_of(pattern: LSGPattern, tokens: Tokens) -> Tensor:
@@ -348,8 +377,20 @@ def _group_of(pattern: LSGPattern, tokens: Tokens) -> Tensor:
 
 def _pad_to_blocks(pattern: LSGPattern, x: Tensor, value: float) -> Tensor:
     """Fill the last dimension, T tokens, up to whole blocks."""
-    missing = -x.shape[-1] % pattern.block_size
-    return torch.nn.functional.pad(x, (0, missing), value=value) if missing else x
+    missing = _blocks_of(pattern, x.shape[-1]) * pattern.block_size - x.shape[-1]
+    if not torch.compiler.is_compiling() and not missing:  # a graph may be for any length
+        return x
+    return torch.nn.functional.pad(x, (0, missing), value=value)
+
+
+def _without_padding(x: Tensor, length: int) -> Tensor:
+    """The first ``length`` columns of x. Cut by a pad, whose result has that length in a graph without a proof."""
+    return torch.nn.functional.pad(x, (0, length - x.shape[-1])) if torch.compiler.is_compiling() else x[..., :length]
+
+
+def _in_pieces(pattern: LSGPattern, size: int, x: Tensor, value: float) -> Tensor:
+    """The tokens (..., T), filled up to whole blocks, in pieces (..., n, size) of blocks."""
+    return _pad_to_blocks(pattern, x, value).unfold(-1, size, size)
 
 
 def sum_rows(x: Tensor, slot: Tensor, out: Tensor) -> Tensor:
@@ -357,9 +398,11 @@ def sum_rows(x: Tensor, slot: Tensor, out: Tensor) -> Tensor:
 
     ``slot``: (..., rows), broadcastable. One flat ``index_add_`` is several times faster than ``scatter_add_`` here.
     """
+    if torch.compiler.is_compiling():  # the sizes of flat rows would be more than a graph for any T can tell
+        return out.scatter_add_(-2, _rows(slot, x), x)
     leading, (num_slots, head_dim) = out.shape[:-2], out.shape[-2:]
     count = math.prod(leading)
-    first = torch.arange(0, count * num_slots, num_slots, device=x.device).view(*leading, 1)
+    first = torch.arange(count, device=x.device).view(*leading, 1) * num_slots
     index = (slot + first).flatten()
     out.view(-1, head_dim).index_add_(0, index, x.reshape(-1, head_dim))
     return out

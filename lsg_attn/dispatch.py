@@ -29,6 +29,8 @@ def answer(call: Call, implementation: str, return_lse: bool) -> Tensor | tuple[
         ValueError: there is no such implementation, or it cannot run.
     """
     check_implementation(implementation)
+    if implementation == "auto" and torch.onnx.is_in_onnx_export():
+        implementation = "reference"  # of operators that ONNX has
     if not isinstance(return_lse, bool):
         raise TypeError(f"return_lse: expected a bool, got {type_name(return_lse)}")
     if implementation != "reference":

@@ -140,8 +140,8 @@ class LSGAttention(nn.Module):
         """:meth:`forward` without its last projection."""
         is_packed = cu_seqlens is not None
         self._check_input(hidden_states, is_packed)
-        query, key, value = self.project(hidden_states.unsqueeze(0) if is_packed else hidden_states)
         first_head = first_head_of(self.projections()[0], self.num_heads)
+        query, key, value = self.project(hidden_states.unsqueeze(0) if is_packed else hidden_states)
         options: dict[str, Any] = {
             "dropout_p": self.dropout if self.training else 0.0,
             "implementation": self.implementation,

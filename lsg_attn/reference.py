@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .call import Call
-from .compression import Compression, compress_call
+from .compression import Compression, compress_call, slots_of
 from .pattern import LSGPattern
 
 
@@ -48,27 +47,22 @@ def visible_tokens(pattern: LSGPattern, length: int, rows: Tensor | None = None)
 
     ``rows``: (rows,) int64, the positions of the queries, by default all.
     """
-    rows = torch.arange(length) if rows is None else rows
+    rows = (torch.arange(length) if rows is None else rows).unsqueeze(-1)
     first, columns = pattern.num_global_tokens, torch.arange(length)
-    visible = torch.zeros(len(rows), length, dtype=torch.bool)
-    if pattern.is_dense(length - first):
-        visible[:] = True
-    for block, chosen in _blocks(pattern, rows):
-        start, stop = pattern.local_window(block)
-        visible[chosen, first + max(start, 0) : first + stop] = True
-    visible[rows < first] = True
-    visible[:, :first] = True
-    return visible & ((columns < first) | (columns <= rows[:, None])) if pattern.causal else visible
+    start, stop = pattern.local_window(_blocks_of(pattern, rows))
+    is_near = (columns - first >= start) & (columns - first < stop)  # of 2 blocks or fewer, all are
+    visible = (rows < first) | (columns < first) | is_near
+    return visible & ((columns < first) | (columns <= rows)) if pattern.causal else visible
 
 
 def visible_slots(pattern: LSGPattern, length: int, rows: Tensor | None = None) -> Tensor:
     """(rows, N) bool: which compressed keys (columns) each query sees; ``rows`` as in :func:`visible_tokens`."""
-    rows = torch.arange(length) if rows is None else rows
-    visible = torch.zeros(len(rows), pattern.num_slots(length - pattern.num_global_tokens), dtype=torch.bool)
-    for block, chosen in _blocks(pattern, rows):
-        for start, stop in pattern.sparse_windows(block):
-            visible[chosen, max(start, 0) : max(stop, 0)] = True
-    return visible
+    rows = (torch.arange(length) if rows is None else rows).unsqueeze(-1)
+    first = pattern.num_global_tokens
+    columns = torch.arange(slots_of(pattern, length - first))
+    left, right = pattern.sparse_windows(_blocks_of(pattern, rows))
+    in_windows = ((columns >= left[0]) & (columns < left[1])) | ((columns >= right[0]) & (columns < right[1]))
+    return (rows >= first) & in_windows
 
 
 def visible_in_slots(slots: Tensor, compression: Compression, head: int) -> Tensor:
@@ -79,8 +73,6 @@ def visible_in_slots(slots: Tensor, compression: Compression, head: int) -> Tens
     return slots[:, compression.slot[0, head]] & (compression.weight[0, head] > 0)
 
 
-def _blocks(pattern: LSGPattern, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Each block of queries, and where its rows are among ``rows``."""
-    blocks = (rows - pattern.num_global_tokens).div(pattern.block_size, rounding_mode="floor")
-    for block in blocks[rows >= pattern.num_global_tokens].unique().tolist():
-        yield block, (blocks == block).nonzero().squeeze(1)
+def _blocks_of(pattern: LSGPattern, rows: Tensor) -> Tensor:
+    """The block of each row, of no meaning for globals."""
+    return (rows - pattern.num_global_tokens).div(pattern.block_size, rounding_mode="floor")
