@@ -84,10 +84,11 @@ def lsg_attention(
     if any(isinstance(x, Tensor) and x.is_nested for x in (query, key, value)):
         if attention_mask is not None:
             raise ValueError("attention_mask: expected None for nested tensors, which have no padding")
-        return nested_attention(
+        found: Tensor | tuple[Tensor, Tensor] = nested_attention(
             query, key, value, pattern, dropout_p, scale, implementation, lsh_projections, return_lse=return_lse,
             first_head=first_head,
         )  # fmt: skip
+        return found
     call = checked_call(
         query, key, value, pattern, attention_mask, dropout_p, scale, lsh_projections, first_head
     )  # fmt: skip

@@ -66,8 +66,8 @@ def with_global_positions(
     is_global = marked.gather(-1, index)
     mask = torch.cat([is_global & keep.gather(-1, index), keep & ~marked], dim=-1)
     q, k, v = (torch.cat([_rows(x, index), x], dim=2) for x in (query, key, value))
-    out = lsg_attention(q, k, v, pattern, mask, dropout_p, scale, implementation, lsh_projections)
-    of_globals, of_tokens = out.split([count, length], dim=2)
+    out: Tensor = lsg_attention(q, k, v, pattern, mask, dropout_p, scale, implementation, lsh_projections)
+    of_globals, of_tokens = out[:, :, :count], out[:, :, count:]
     of_globals = torch.where(is_global[:, None, :, None], of_globals, _rows(of_tokens, index))
     return of_tokens.scatter(2, _expanded(index, of_globals), of_globals)
 

@@ -151,14 +151,15 @@ class LSGAttention(nn.Module):
         if cu_seqlens is None:
             if max_seqlen is not None:
                 raise ValueError(f"max_seqlen: expected None without cu_seqlens, got {max_seqlen}")
-            out = lsg_attention(query, key, value, self.pattern, attention_mask, **options)
-            return rearrange(out, "batch heads length dim -> batch length (heads dim)")
+            out: Tensor = lsg_attention(query, key, value, self.pattern, attention_mask, **options)
+            return out.transpose(1, 2).flatten(2)
         if attention_mask is not None:
             raise ValueError("attention_mask: expected None with cu_seqlens, as packed sequences have no padding")
         if max_seqlen is None:
             raise ValueError("max_seqlen: expected an int with cu_seqlens, got None")
-        rows = (x[0].transpose(0, 1) for x in (query, key, value))
-        return lsg_attention_varlen(*rows, cu_seqlens, max_seqlen, self.pattern, **options).flatten(1)
+        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+        out = lsg_attention_varlen(query, key, value, cu_seqlens, max_seqlen, self.pattern, **options)
+        return out.flatten(1)
 
     def _check_input(self, x: Tensor, is_packed: bool) -> None:
         if not isinstance(x, Tensor):

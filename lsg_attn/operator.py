@@ -101,8 +101,9 @@ def _backward_of_packed(
     """The gradients of the packed query, key and value; see :func:`blockwise_backward`."""
     dquery, dkey, dvalue = grads = [torch.empty_like(x) for x in (call.query, call.key, call.value)]
     for rows, part in sequences(call):
-        of_part = (x if x is None else x[:, :, rows] for x in (lse, dout, dlse))
-        for grad, x in zip(grads, blockwise_backward(part, *of_part), strict=True):
+        dlse_of_part = None if dlse is None else dlse[:, :, rows]
+        of_part = blockwise_backward(part, lse[:, :, rows], dout[:, :, rows], dlse_of_part)
+        for grad, x in zip(grads, of_part, strict=True):
             grad[:, :, rows] = x
     return dquery, dkey, dvalue
 

@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .checks import integer, type_name
 from .sparsity import RULES, CompressionRule
+
+if TYPE_CHECKING:
+    from typing import TypeVar
+
+    from torch import Tensor
+
+    Blocks = TypeVar("Blocks", int, Tensor)  # the index of a block, or of many
 
 SPARSITY_TYPES = ("norm", "pooling", "bos_pooling", "stride", "block_stride", "lsh", "none")
 
@@ -129,21 +137,23 @@ class LSGPattern:
         """The most compressed keys that a query of T tokens sees on one side: s, or fewer in a short sequence."""
         return min(self.sparse_block_size, max(self.num_blocks(num_tokens) - 2, 0) * self.step)
 
-    def local_window(self, block: int) -> tuple[int, int]:
+    def local_window(self, block: Blocks) -> tuple[Blocks, Blocks]:
         """The range [start, stop) of tokens that ``block`` sees. It may extend past either end of the sequence.
 
-        Token 0 is the first token after the globals. A causal window stops with the block itself, of which each query
-        sees only what precedes it.
+        ``block`` is an int, or a tensor of them. Token 0 is the first token after the globals. A causal window stops
+        with the block itself, of which each query sees only what precedes it.
         """
         return (block - 1) * self.block_size, (block + (1 if self.causal else 2)) * self.block_size
 
-    def sparse_windows(self, block: int, reach: int | None = None) -> tuple[tuple[int, int], tuple[int, int]]:
+    def sparse_windows(
+        self, block: Blocks, reach: int | None = None
+    ) -> tuple[tuple[Blocks, Blocks], tuple[Blocks, Blocks]]:
         """The ranges [start, stop) of compressed keys that ``block`` sees to its left and right.
 
         They may lie past either end of the sequence. The right one is empty if the pattern is causal.
 
         Args:
-            block: the index of the block.
+            block: the index of the block, an int or a tensor of them.
             reach: the number of compressed keys on each side, by default s. :meth:`reach` gives a smaller number for
                 short sequences.
         """

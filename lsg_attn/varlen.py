@@ -68,10 +68,10 @@ def lsg_attention_varlen(
             raise TypeError(f"{name}: expected a torch.Tensor, got {type_name(x)}")
         if x.dim() != 3:
             raise ValueError(f"{name}: expected 3 dimensions (total, heads, head_dim), got shape {tuple(x.shape)}")
-    rows = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, total, head_dim)
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))  # (1, heads, total, head_dim)
     max_seqlen = integer("max_seqlen", max_seqlen, 0)
     call = checked_call(
-        *rows, pattern, None, dropout_p, scale, lsh_projections, first_head, cu_seqlens, max_seqlen
+        q, k, v, pattern, None, dropout_p, scale, lsh_projections, first_head, cu_seqlens, max_seqlen
     )  # fmt: skip
     _check_lengths(cu_seqlens, max_seqlen, query, pattern.num_global_tokens)
     found = answer(call, implementation, return_lse)
@@ -81,11 +81,12 @@ def lsg_attention_varlen(
     return out[0].transpose(0, 1), lse[0].transpose(0, 1)
 
 
-def nested_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any, **named: Any) -> Any:
+def nested_attention(query: Any, key: Any, value: Any, *options: Any, **named: Any) -> Any:
     """:func:`lsg_attention` of jagged nested tensors (batch, heads, j, head_dim), whose sequences have one mask each.
 
     The other arguments are those of :func:`lsg_attention_varlen` from ``pattern`` on. What is returned is nested too.
     """
+    x: Any  # types of PyTorch do not know a nested tensor's methods
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not (isinstance(x, Tensor) and x.is_nested and x.layout == torch.jagged):
             raise ValueError(f"{name}: expected a jagged nested tensor, as some of query, key and value are nested")
@@ -96,8 +97,8 @@ def nested_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any, *
         if x.offsets() is not offsets and not torch.equal(x.offsets(), offsets):
             raise ValueError(f"{name}: expected query's lengths {offsets.diff()}, got {x.offsets().diff()}")
     longest = int(offsets.diff().max()) if len(offsets) > 1 else 0
-    rows = (x.transpose(1, 2).values() for x in (query, key, value))  # (total, heads, head_dim)
-    found = lsg_attention_varlen(*rows, offsets, longest, *options, **named)
+    q, k, v = (x.transpose(1, 2).values() for x in (query, key, value))  # (total, heads, head_dim)
+    found = lsg_attention_varlen(q, k, v, offsets, longest, *options, **named)
 
     def nested(x: Tensor) -> Tensor:
         return torch.nested.nested_tensor_from_jagged(x, offsets, max_seqlen=longest).transpose(1, 2)

@@ -37,7 +37,8 @@ def test_takes_the_weights_of_pytorchs_attention(cls, bias):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"kdim": 8}, "kdim"), ({"add_bias_kv": True}, "add_bias_kv"), ({"add_zero_attn": True}, "add_zero_attn")]
+    ("options", "message"),
+    [({"kdim": 8}, "kdim"), ({"add_bias_kv": True}, "add_bias_kv"), ({"add_zero_attn": True}, "add_zero_attn")],
 )
 def test_refuses_what_it_does_not_have(options, message):
     with pytest.raises(ValueError, match=message):
@@ -118,7 +119,8 @@ def test_attention_weights_give_the_output(sparsity_type, tokens, causal, key_he
 
 
 @pytest.mark.parametrize(
-    ("rows", "error"), [([0, 40], ValueError), ([-1], ValueError), ([], TypeError), ([0.5], TypeError), ("ab", TypeError)]
+    ("rows", "error"),
+    [([0, 40], ValueError), ([-1], ValueError), ([], TypeError), ([0.5], TypeError), ("ab", TypeError)],
 )
 def test_rows_are_positions(rows, error):
     x = torch.randn(1, 2, 40, 4)
@@ -168,5 +170,5 @@ def test_errors_of_global_positions():
         with_global_positions(x, x, x, LSGPattern(), marked[:, 1:])
     with pytest.raises(ValueError, match="expected one that is not causal"):
         with_global_positions(x, x, x, LSGPattern(causal=True), marked)
-    with pytest.raises(TypeError, match="global_attention_mask: expected a torch.Tensor, got list"):
+    with pytest.raises(TypeError, match=r"global_attention_mask: expected a torch\.Tensor, got list"):
         with_global_positions(x, x, x, LSGPattern(), [1])

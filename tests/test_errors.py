@@ -7,8 +7,12 @@ import pytest
 import torch
 
 from lsg_attn import LSGAttention, LSGPattern, lsg_attention
+from lsg_attn.blockwise import library
+from lsg_attn.call import Call
+from lsg_attn.operator import operator_attention
 
 PATTERN = LSGPattern(8, 8, 2, num_global_tokens=2)
+needs_library = pytest.mark.skipif(library.missing_reason() is not None, reason=str(library.missing_reason()))
 
 
 def qkv(*shape, dtype=torch.float32):
@@ -68,7 +72,9 @@ def bad_calls():
         "integers": ((q, k.long(), v), TypeError, "got torch.int64"),
         "three dimensions": ((q[0], k[0], v[0]), ValueError, "got shape (4, 42, 8)"),
         "other shape": ((q, k[:, :, 1:], v), ValueError, "key: expected query's shape"),
-        "other heads": ((q, k, v[:, :2]), ValueError, "value: expected query's shape"),
+        "other heads": ((q, k, v[:, :2]), ValueError, "value: expected key's shape"),
+        "heads that do not divide": ((q, k[:, :3], v[:, :3]), ValueError, "or a number of heads that divides 4"),
+        "sparse": ((q, k.to_sparse(), v), ValueError, "key: expected a dense tensor, got torch.sparse_coo"),
         "other dtype": (
             (q, k, v.double()),
             ValueError,
@@ -101,10 +107,12 @@ def test_bad_tensors(name):
         (
             {"attention_mask": torch.ones(2, 41, dtype=torch.bool)},
             ValueError,
-            "expected shape (batch, T) = (2, 40) or (batch, G+T) = (2, 42), got (2, 41)",
+            "expected shape (batch, T) = (2, 40) or (batch, G+T) = (2, 42), or a batch of 1; got (2, 41)",
         ),
         ({"attention_mask": torch.ones(40, dtype=torch.bool)}, ValueError, "got (40,)"),
-        ({"attention_mask": torch.ones(1, 40, dtype=torch.bool)}, ValueError, "got (1, 40)"),
+        ({"attention_mask": torch.ones(3, 40, dtype=torch.bool)}, ValueError, "or a batch of 1; got (3, 40)"),
+        ({"first_head": -1}, ValueError, "first_head: expected an int >= 0, got -1"),
+        ({"return_lse": 1}, TypeError, "return_lse: expected a bool, got int"),
         (
             {"attention_mask": torch.ones(2, 40, dtype=torch.bool, device="meta")},
             ValueError,
@@ -198,3 +206,36 @@ def test_bad_layer_options_and_input():
         LSGAttention(8, 2)(torch.randn(2, 10, 12))
     with pytest.raises(TypeError, match="unexpected keyword argument 'block_size'"):
         LSGAttention(8, 2, block_size=8)
+
+
+def test_lsh_of_some_heads_needs_their_directions():
+    with pytest.raises(ValueError, match="lsh_projections: expected tensors where first_head is given"):
+        lsg_attention(*qkv(), LSGPattern(8, 8, 2, "lsh"), first_head=0)
+
+
+def test_one_row_of_a_mask_is_for_all():
+    mask, inputs = torch.rand(1, 40) < 0.7, qkv()
+    assert torch.equal(lsg_attention(*inputs, PATTERN, mask), lsg_attention(*inputs, PATTERN, mask.expand(2, -1)))
+
+
+@pytest.mark.parametrize("implementation", ["torch", pytest.param("cpp", marks=needs_library), "operator"])
+def test_a_second_derivative_names_what_has_one(implementation):
+    query, key, value = (x.requires_grad_() for x in qkv())
+    if implementation == "operator":
+        call = Call(query, key, value, None, None, (), 0.0, 1.0, PATTERN)
+        out, _ = operator_attention(call)
+    else:
+        out = lsg_attention(query, key, value, PATTERN, implementation=implementation)
+    (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="use implementation='reference'"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("implementation", ["auto", "torch"])
+def test_torch_func_names_what_it_can_differentiate(implementation):
+    def loss(query, implementation):
+        return lsg_attention(query, *qkv()[1:], PATTERN, implementation=implementation).sum()
+
+    with pytest.raises(ValueError, match=r"transforms of torch\.func; use 'reference'"):
+        torch.func.grad(loss)(qkv()[0], implementation)
+    assert torch.func.grad(loss)(qkv()[0], "reference").shape == qkv()[0].shape

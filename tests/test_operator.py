@@ -1,10 +1,14 @@
 """The Triton implementation without a GPU: what stands in its way, and its operator, which runs on a CPU too."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from lsg_attn import SPARSITY_TYPES, LSGAttention, LSGPattern, lsg_attention
+from lsg_attn.blockwise.attention import blockwise_attention
 from lsg_attn.call import Call
 from lsg_attn.compression import compress_call
 from lsg_attn.dispatch import _choose
@@ -13,6 +17,7 @@ from lsg_attn.fused.results import allocate, to_save
 from lsg_attn.fused.schedules import missing_rows
 from lsg_attn.fused.variant import variant_of
 from lsg_attn.operator import _arguments, _call
+from lsg_attn.packing import attend_each
 from lsg_attn.reference import visible_slots, visible_tokens
 from lsg_attn.testing import Inputs, assert_close, make_inputs, run_reference
 
@@ -44,6 +49,9 @@ def arguments(pattern, dropout_p=0.0, scale=0.3):
         ({"pattern": LSGPattern(num_global_tokens=513)}, "num_global_tokens is 513, the kernels take up to 512"),
         ({"pattern": LSGPattern(256, 256, 2, "lsh")}, "= 256 tokens, the kernels up to 128"),
         ({"pattern": LSGPattern(causal=True)}, "the pattern is causal, the kernels take none so far"),
+        ({"key_heads": 1}, "the keys have 1 heads, the kernels need those of the query so far"),
+        ({"cu_seqlens": torch.tensor([0, 600])}, "the sequences are packed, the kernels take none so far"),
+        ({"pattern": LSGPattern(sparsity_type="stride"), "first_head": 2}, "first_head is 2, the kernels take only 0"),
         ({"scale": 0.0}, "scale is 0.0, the kernels take one above 0"),
         ({"capability": (7, 5)}, "compute capability is 7.5, the kernels need 8.0"),
         ({"has_triton": False}, "triton is not installed"),
@@ -59,7 +67,11 @@ def test_each_reason_is_named_alone(change, reason, monkeypatch):
     monkeypatch.setattr("lsg_attn.fused.limits._TRITON", case["triton"])
     x = torch.zeros(1, 1, 600, case["head_dim"], dtype=case["dtype"])
     x = x.as_subclass(OnAGPU)
-    (got,) = unsupported_reasons(call_of(x, x, x, case["pattern"], scale=case["scale"]))
+    call = call_of(x, x, x, case["pattern"], scale=case["scale"])
+    call = replace(call, **{name: case[name] for name in ("cu_seqlens", "first_head") if name in case})
+    if "key_heads" in case:
+        call = replace(call, query=x.expand(1, 2, -1, -1))
+    (got,) = unsupported_reasons(call)
     assert reason in got
 
 
@@ -133,7 +145,35 @@ def test_error_of_triton_on_a_cpu_has_the_reason_and_alternatives():
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
 def test_operator_passes_opcheck(sparsity_type, dropout_p):
     """Checks of schema, fake tensors, autograd, tracing with dynamic shapes, also of the backward."""
-    case = arguments(LSGPattern(16, 16, 4, sparsity_type, 3), dropout_p)
+    check_operator(arguments(LSGPattern(16, 16, 4, sparsity_type, 3), dropout_p))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_operator_passes_opcheck_with_packed_sequences_and_fewer_key_heads(dropout_p):
+    case = _arguments(packed_call(dropout_p))
+    check_operator(case)
+
+
+def packed_call(dropout_p=0.0):
+    query, key, value, _, _ = make_inputs(1, 4, 150, 8)
+    call = call_of(query, key[:, :2], value[:, :2], LSGPattern(16, 16, 4, "stride", 3), dropout_p=dropout_p)
+    return replace(call, cu_seqlens=torch.tensor([0, 80, 80, 110, 150]), max_seqlen=80, first_head=1)
+
+
+def test_operator_is_block_wise_attention_of_packed_sequences():
+    call = packed_call()
+    leaves = [x.requires_grad_() for x in (call.query, call.key, call.value)]
+    out, lse = operator(*_arguments(call))
+    expected = attend_each(partial(blockwise_attention, implementation=_choose("auto", call)), call)
+    assert torch.equal(out, expected[0])
+    assert torch.equal(lse, expected[1])
+    grads = (torch.autograd.grad(x.square().sum() + y.sum(), leaves) for x, y in ((out, lse), expected))
+    for got, wanted in zip(*grads, strict=True):
+        assert torch.equal(got, wanted)
+
+
+def check_operator(case):
     torch.library.opcheck(operator, case)
     results = operator(*case)
     for dlse in (None, torch.randn_like(results[1])):

@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from lsg_attn import SPARSITY_TYPES, LSGAttention, LSGPattern
+from lsg_attn import SPARSITY_TYPES, LSGAttention, LSGPattern, lsg_attention
 
 IN, OUT = ("q_proj", "k_proj", "v_proj"), "out_proj"
 
@@ -28,7 +29,9 @@ def compare(plain, parallel, x, name):
         out = out if isinstance(out, torch.Tensor) else out.last_hidden_state
         out.square().sum().backward()
         grads = {key: p.grad for key, p in module.named_parameters() if p.grad is not None}
-        found.append((out, leaf.grad, {k: g.full_tensor() if hasattr(g, "full_tensor") else g for k, g in grads.items()}))
+        found.append(
+            (out, leaf.grad, {k: g.full_tensor() if hasattr(g, "full_tensor") else g for k, g in grads.items()})
+        )
     torch.testing.assert_close(*(y[:2] for y in reversed(found)), msg=lambda m: f"{name}: {m}")
     for key, grad in found[0][2].items():
         torch.testing.assert_close(found[1][2][key], grad, msg=lambda m, key=key: f"{name}, {key}: {m}")
@@ -40,7 +43,7 @@ def check_layers(mesh):
         plain = LSGAttention(24, 4, LSGPattern(16, 16, 4, sparsity_type, 2)).double()
         parallel = parallelize_module(copy.deepcopy(plain), mesh, attention_plan())
         compare(plain, parallel, x, sparsity_type)
-        packed = dict(cu_seqlens=torch.tensor([0, 60, 90]), max_seqlen=60)
+        packed = {"cu_seqlens": torch.tensor([0, 60, 90]), "max_seqlen": 60}
         torch.testing.assert_close(parallel(x[0], **packed), plain(x[0], **packed))
 
 
@@ -54,6 +57,9 @@ def check_errors(mesh):
         layer = parallelize_module(LSGAttention(24, heads, LSGPattern(16, 16, 2)), mesh, plan)
         with pytest.raises(ValueError, match=message):
             layer(x)
+    x = distribute_tensor(torch.randn(1, 2, 40, 8), mesh, [Shard(1)])
+    with pytest.raises(ValueError, match=r"query: expected a tensor of this process, got a DTensor"):
+        lsg_attention(x, x, x, LSGPattern(16, 16, 2))
 
 
 def check_dropout(mesh):
@@ -72,18 +78,16 @@ def check_dropout(mesh):
 
 
 def check_encoder(mesh):
-    from transformers import BartConfig  # noqa: PLC0415  # other tests of this file need no transformers
 
-    from lsg_attn.models import LSGBartConfig, LSGBartModel  # noqa: PLC0415
+    from lsg_attn.models import LSGBartConfig, LSGBartModel
 
-    sizes = dict(d_model=24, vocab_size=40, encoder_layers=2, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32)
-    heads = dict(encoder_attention_heads=4, decoder_attention_heads=4, dropout=0.0, attention_dropout=0.0)
-    plain = BartConfig(**sizes, **heads, max_position_embeddings=256)
+    sizes = {"d_model": 24, "vocab_size": 40, "encoder_layers": 2, "decoder_layers": 1, "encoder_ffn_dim": 32}
+    heads = {"decoder_ffn_dim": 32, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "dropout": 0.0}
+    pattern = {"block_size": 16, "sparse_block_size": 16, "sparsity_factor": 4, "num_global_tokens": 2}
     for sparsity_type in ("stride", "lsh"):
         config = LSGBartConfig(
-            **plain.to_diff_dict() | {"model_type": "bart"},
-            block_size=16, sparse_block_size=16, sparsity_factor=4, sparsity_type=sparsity_type, num_global_tokens=2,
-        )  # fmt: skip
+            **sizes, **heads, **pattern, sparsity_type=sparsity_type, max_position_embeddings=256, attention_dropout=0.0
+        )
         encoder = LSGBartModel(config).double().encoder
         parallel = copy.deepcopy(encoder)
         for layer in parallel.layers:
