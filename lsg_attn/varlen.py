@@ -86,11 +86,11 @@ def nested_attention(query: Any, key: Any, value: Any, *options: Any, **named: A
 
     The other arguments are those of :func:`lsg_attention_varlen` from ``pattern`` on. What is returned is nested too.
     """
-    x: Any  # types of PyTorch do not know a nested tensor's methods
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not (isinstance(x, Tensor) and x.is_nested and x.layout == torch.jagged):
             raise ValueError(f"{name}: expected a jagged nested tensor, as some of query, key and value are nested")
-        if x.dim() != 4 or x.transpose(1, 2).lengths() is not None:
+        rows: Any = x.transpose(1, 2)  # types of PyTorch do not know the methods of nested tensors
+        if x.dim() != 4 or rows.lengths() is not None:
             raise ValueError(f"{name}: expected a nested tensor (batch, heads, j, head_dim) without holes")
     offsets = query.offsets()
     for name, x in (("key", key), ("value", value)):
