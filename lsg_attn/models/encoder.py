@@ -23,6 +23,7 @@ from ..layer import LSGAttention
 from ..pattern import LSGPattern
 from .family import GLOBAL_ROWS
 from .heads import LSGModel
+from .packing import Packed, pack
 
 
 class LSGSelfAttention(LSGAttention):
@@ -55,19 +56,26 @@ class LSGSelfAttention(LSGAttention):
         query, key, value = (getattr(self, name) for name in self.names[:3])
         return query, key, value
 
-    def attend(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **lengths: Any) -> Tensor:
-        """The weighted values (batch, G+T, width), heads side by side.
+    def attend(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Tensor | Packed | None = None
+    ) -> Tensor:
+        """The weighted values (batch, G+T, width), heads side by side, or of packed documents (1, rows, width).
 
         In a causal model the original computes no attention for global tokens: their result is their query itself.
         """
-        out = super().attend(hidden_states, attention_mask, **lengths)
+        if isinstance(attention_mask, Packed):
+            cu_seqlens, max_seqlen = attention_mask.cu_seqlens, attention_mask.max_seqlen
+            out = super().attend(hidden_states[0], cu_seqlens=cu_seqlens, max_seqlen=max_seqlen).unsqueeze(0)
+            rows = attention_mask.global_rows.flatten()
+        else:
+            out = super().attend(hidden_states, attention_mask)
+            rows = torch.arange(self.pattern.num_global_tokens, device=out.device)
         if not self.pattern.causal:
             return out
-        num_globals = self.pattern.num_global_tokens
-        return torch.cat([self.projections()[0](hidden_states[:, :num_globals]), out[:, num_globals:]], dim=1)
+        return out.index_copy(1, rows, self.projections()[0](hidden_states[:, rows]))
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *_: Any, **__: Any
+        self, hidden_states: Tensor, attention_mask: Tensor | Packed | None = None, *_: Any, **__: Any
     ) -> tuple[Tensor, None]:
         """As a plain layer calls it; versions of transformers differ in further arguments, which are all None here."""
         return self.attend(hidden_states, attention_mask), None
@@ -77,6 +85,7 @@ class LSGEncoder(LSGModel):
     """The part of a model that has the global embeddings and the layers. Mixed into a class of transformers."""
 
     _lsg_values: tuple[Any, ...]
+    packs_documents: bool = True  # whether what is on top takes packed documents
 
     def global_table(self) -> nn.Embedding:
         """The embeddings (512, width) of the global tokens."""
@@ -109,20 +118,42 @@ class LSGEncoder(LSGModel):
             given = "neither" if input_ids is None else "both"
             raise ValueError(f"expected exactly one of input_ids and inputs_embeds, got {given}")
 
-    def check_length(self, inputs_embeds: Tensor, longest: int) -> None:
-        """Check that every token (batch, T, width) has a position.
+    def check_length(self, num_tokens: int, longest: int) -> None:
+        """Check that every token of a document has a position.
 
         Raises:
             ValueError: it has none.
         """
-        if inputs_embeds.shape[1] > longest:
+        if num_tokens > longest:
             name = "max_position_embeddings"
             offset = self.config.max_position_embeddings - longest
             limit = f"{name}={longest}" if not offset else f"{name}-{offset}={longest}"
             raise ValueError(
-                f"expected at most {limit} tokens, got {inputs_embeds.shape[1]}; truncate the document or extend the "
+                f"expected at most {limit} tokens, got {num_tokens}; truncate the document or extend the "
                 "model with lsg_attn.models.convert"
             )
+
+    def mask_or_packed(
+        self, attention_mask: Tensor | None, inputs_embeds: Tensor, lengths: tuple[Any, ...]
+    ) -> Tensor | Packed | None:
+        """What the attention layers take: a mask (batch, T) of bool or integers, or where packed documents are.
+
+        ``lengths``: see :func:`.packing.pack`.
+
+        Raises:
+            TypeError, ValueError: the mask has another shape, the lengths do not fit, or both are given.
+        """
+        packed = pack(lengths, inputs_embeds, self.config.num_global_tokens)
+        if packed is None:
+            return self.token_mask(attention_mask, inputs_embeds)
+        if not self.packs_documents:
+            raise ValueError(
+                "cu_seq_lens_q: expected None, as the model's head reads the first token of the batch alone"
+            )
+        if attention_mask is not None or self.config.mask_first_token:
+            what = "attention_mask" if attention_mask is not None else "config.mask_first_token"
+            raise ValueError(f"{what}: expected none with cu_seq_lens_q, as packed documents have no padding")
+        return packed
 
     def token_mask(self, attention_mask: Tensor | None, inputs_embeds: Tensor) -> Tensor | None:
         """The mask (batch, T) that the attention layers take, of bool or integers.
@@ -139,10 +170,12 @@ class LSGEncoder(LSGModel):
             attention_mask = attention_mask != 0  # transformers accepts such a mask, LSGAttention does not
         return attention_mask
 
-    def with_global_tokens(self, tokens: Tensor) -> Tensor:
-        """(batch, T, width) -> (batch, G+T, width): the global tokens' embeddings in front."""
-        rows = torch.arange(self.config.num_global_tokens, device=tokens.device)
-        return torch.cat([repeat(self.global_table()(rows), "g d -> b g d", b=len(tokens)), tokens], dim=1)
+    def with_global_tokens(self, tokens: Tensor, packed: Packed | None = None) -> Tensor:
+        """(batch, T, width) -> (batch, G+T, width): the global tokens' embeddings in front of each document."""
+        globals_ = self.global_table()(torch.arange(self.config.num_global_tokens, device=tokens.device))
+        if packed is not None:
+            return packed.with_globals(tokens, globals_)
+        return torch.cat([repeat(globals_, "g d -> b g d", b=len(tokens)), tokens], dim=1)
 
     def run_layers(
         self,
@@ -166,8 +199,13 @@ class LSGEncoder(LSGModel):
             hidden_states = out[0] if isinstance(out, tuple) else out
         return hidden_states, (*all_states, hidden_states) if keep_all else None
 
-    def without_global_tokens(self, hidden_states: Tensor) -> Tensor:
+    def without_global_tokens(self, hidden_states: Tensor, packed: Packed | None = None) -> Tensor:
         """(batch, G+T, width) -> (batch, T, width). With ``pool_with_global``, row 0 is global token 0's state."""
+        if packed is not None:
+            tokens = hidden_states[:, packed.token_rows]
+            if not self.config.pool_with_global:
+                return tokens
+            return tokens.index_copy(1, packed.first_tokens, hidden_states[:, packed.global_rows[:, 0]])
         if self.config.pool_with_global:
             return torch.cat([hidden_states[:, :1], hidden_states[:, self.config.num_global_tokens + 1 :]], dim=1)
         return hidden_states[:, self.config.num_global_tokens :]
@@ -246,6 +284,10 @@ class LSGEncoderModel(LSGEncoder):
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
         num_items_in_batch: Any = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
     ) -> ModelOutput | tuple[Any, ...]:
         """Encode documents.
 
@@ -262,10 +304,15 @@ class LSGEncoderModel(LSGEncoder):
             output_hidden_states: whether to return the states before the first layer and after each layer.
             return_dict: whether to return a ModelOutput instead of a tuple.
             cache_position, num_items_in_batch: not used; ``generate`` and the Trainer pass them.
+            cu_seq_lens_q, cu_seq_lens_k: (n + 1,) integers, of n documents that are packed without padding into a batch
+                of 1, as ``DataCollatorWithFlattening(return_flash_attn_kwargs=True)`` gives them: where each starts,
+                and the last one stops. Each document then has its own global tokens and positions.
+            max_length_q, max_length_k: the length of the longest of these documents.
 
         Returns:
             ``last_hidden_state``: (batch, T, width), without the global tokens. ``hidden_states``: each
-            (batch, G+T, width). ``pooler_output``: (batch, width), if the model has a pooler.
+            (batch, G+T, width), of packed documents the rows of each one after the other. ``pooler_output``: (batch,
+            width), or (n, width) of packed documents, if the model has a pooler.
 
         Raises:
             ValueError: an argument is not as above, or T is more than the model's positions.
@@ -283,11 +330,14 @@ class LSGEncoderModel(LSGEncoder):
             )
         self.update_pattern()
         words = self.embeddings.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        self.check_length(words, config.max_position_embeddings - self.position_offset())
-        mask = self.token_mask(attention_mask, words)
+        mask = self.mask_or_packed(attention_mask, words, (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k))
+        packed = mask if isinstance(mask, Packed) else None
+        num_tokens = words.shape[1] if packed is None else packed.max_seqlen - config.num_global_tokens
+        self.check_length(num_tokens, config.max_position_embeddings - self.position_offset())
         if position_ids is None:
-            position_ids = self.position_ids(input_ids, words)
-        hidden_states = self.embed(words, position_ids, token_type_ids)
+            position_ids = self.position_ids(input_ids if packed is None else None, words)
+            position_ids = position_ids if packed is None else position_ids[:, packed.positions]
+        hidden_states = self.embed(words, position_ids, token_type_ids, packed)
         hidden_states, all_states = self.run_layers(
             self.ordered_layers(),
             hidden_states,
@@ -295,8 +345,8 @@ class LSGEncoderModel(LSGEncoder):
             *self._cross_arguments(encoder_hidden_states, encoder_attention_mask),
             keep_all=config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
-        last = self.without_global_tokens(hidden_states)
-        pooled = self.pool(last)
+        last = self.without_global_tokens(hidden_states, packed)
+        pooled = self.pool(last if packed is None else last[0, packed.first_tokens].unsqueeze(1))
         if not (config.return_dict if return_dict is None else return_dict):
             first = (last, pooled) if hasattr(self, "pooler") else (last,)
             return first if all_states is None else (*first, all_states)
@@ -306,7 +356,9 @@ class LSGEncoderModel(LSGEncoder):
             last_hidden_state=last, pooler_output=pooled, hidden_states=all_states
         )
 
-    def embed(self, words: Tensor, position_ids: Tensor, token_type_ids: Tensor | None) -> Tensor:
+    def embed(
+        self, words: Tensor, position_ids: Tensor, token_type_ids: Tensor | None, packed: Packed | None
+    ) -> Tensor:
         """Token embeddings (batch, T, embedding width) to the first layer's input (batch, G+T, width)."""
         embeddings = self.embeddings
         tokens = words + embeddings.position_embeddings(position_ids)
@@ -316,7 +368,7 @@ class LSGEncoderModel(LSGEncoder):
             tokens = tokens + embeddings.token_type_embeddings(token_type_ids)
         elif token_type_ids is not None:
             raise ValueError(f"token_type_ids: expected None without segments, got {type_name(token_type_ids)}")
-        return self.project(embeddings.dropout(embeddings.LayerNorm(self.with_global_tokens(tokens))))
+        return self.project(embeddings.dropout(embeddings.LayerNorm(self.with_global_tokens(tokens, packed))))
 
     def _cross_arguments(self, states: Tensor | None, mask: Tensor | None) -> tuple[Any, ...]:
         """A layer's arguments after the mask, for cross-attention over states (batch, S, width)."""

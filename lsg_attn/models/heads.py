@@ -33,8 +33,18 @@ class LSGHead(LSGModel):
         self.config = config
         plain = self.base_model
         options = {"add_pooling_layer": plain.pooler is not None} if hasattr(plain, "pooler") else {}
-        setattr(self, self.base_model_prefix, self.body_class(config, **options))
+        body = self.body_class(config, **options)
+        body.packs_documents = self._takes_packed_documents(body)
+        setattr(self, self.base_model_prefix, body)
         self.post_init()
+
+    @classmethod
+    def _takes_packed_documents(cls, body: Any) -> bool:
+        """Whether the head computes on each token, or on the pooled output, but not on the batch's first token."""
+        per_token = ("MaskedLM", "LMHeadModel", "CausalLM", "TokenClassification")
+        pooled = ("SequenceClassification", "PreTraining", "NextSentencePrediction")
+        name = cls.plain_class.__name__
+        return name.endswith(per_token) or (name.endswith(pooled) and getattr(body, "pooler", None) is not None)
 
 
 def lsg_head(plain_class: type[Any], body_class: type[Any], base: type[LSGHead] = LSGHead) -> Any:

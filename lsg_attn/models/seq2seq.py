@@ -18,6 +18,7 @@ from ..pattern import LSGPattern
 from .encoder import LSGEncoder, hide_first_token
 from .family import GLOBAL_ROWS
 from .heads import LSGModel, check_config
+from .packing import Packed
 
 
 class LSGEncoderLayer(nn.Module):
@@ -42,9 +43,9 @@ class LSGEncoderLayer(nn.Module):
             implementation=config.attention_implementation,
         )
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Attention, then feed-forward, each with a residual and a norm; ``attention_mask``: (batch, T)."""
-        hidden_states = self._sublayer(hidden_states, self.self_attn_layer_norm, self.self_attn, attention_mask)
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | Packed | None = None) -> Tensor:
+        """Attention, then feed-forward, each with a residual and a norm; ``attention_mask``: (batch, T), or Packed."""
+        hidden_states = self._sublayer(hidden_states, self.self_attn_layer_norm, self._attend, attention_mask)
         hidden_states = self._sublayer(hidden_states, self.final_layer_norm, self._feed_forward)
         if hidden_states.dtype == torch.float16:  # activations can overflow
             limit = torch.finfo(torch.float16).max - 1000
@@ -57,6 +58,14 @@ class LSGEncoderLayer(nn.Module):
             out = x + self._dropout(inner(norm(x), *args), self.dropout)
         else:
             out = norm(x + self._dropout(inner(x, *args), self.dropout))
+        return out
+
+    def _attend(self, x: Tensor, mask: Tensor | Packed | None) -> Tensor:
+        out: Tensor
+        if isinstance(mask, Packed):
+            out = self.self_attn(x[0], cu_seqlens=mask.cu_seqlens, max_seqlen=mask.max_seqlen).unsqueeze(0)
+        else:
+            out = self.self_attn(x, mask)
         return out
 
     def _feed_forward(self, x: Tensor) -> Tensor:
@@ -134,6 +143,10 @@ class LSGSeq2SeqEncoder(LSGEncoder):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
     ) -> BaseModelOutput | tuple[Any, ...]:
         """Encode documents of up to ``config.max_position_embeddings`` tokens.
 
@@ -145,6 +158,8 @@ class LSGSeq2SeqEncoder(LSGEncoder):
             output_attentions: if true, a warning says that there are none, for the same reason.
             output_hidden_states: whether to return the states before the first layer and after each layer.
             return_dict: whether to return a ``BaseModelOutput`` instead of a tuple.
+            cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: of packed documents, as in
+                :class:`.encoder.LSGEncoderModel`. The decoder takes none.
 
         Returns:
             ``last_hidden_state``: (batch, G+T, d_model), or (batch, T, d_model) if the configuration does not pass the
@@ -164,10 +179,16 @@ class LSGSeq2SeqEncoder(LSGEncoder):
         self.update_pattern()
         if inputs_embeds is None:
             inputs_embeds = self.embed_words(input_ids)
-        self.check_length(inputs_embeds, self.max_source_positions)
-        mask = self.token_mask(attention_mask, inputs_embeds)
+        lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        mask = self.mask_or_packed(attention_mask, inputs_embeds, lengths)
+        packed = mask if isinstance(mask, Packed) else None
+        num_tokens = inputs_embeds.shape[1] if packed is None else packed.max_seqlen - config.num_global_tokens
+        self.check_length(num_tokens, self.max_source_positions)
+        positions = self.positions(inputs_embeds[:, :num_tokens])
+        if packed is not None:
+            positions = positions.expand(1, *positions.shape[-2:])[:, packed.positions]
 
-        hidden_states = self.with_global_tokens(inputs_embeds + self.positions(inputs_embeds))
+        hidden_states = self.with_global_tokens(inputs_embeds + positions, packed)
         if self.embeds_with_norm:
             hidden_states = self.layernorm_embedding(hidden_states)
         hidden_states, all_states = self.run_layers(
@@ -179,7 +200,7 @@ class LSGSeq2SeqEncoder(LSGEncoder):
         )
         if self.layer_class.norms_first:
             hidden_states = self.layer_norm(hidden_states)
-        last = self.without_global_tokens(hidden_states) if config.drops_global_tokens else hidden_states
+        last = self.without_global_tokens(hidden_states, packed) if config.drops_global_tokens else hidden_states
         output = BaseModelOutput(last_hidden_state=last, hidden_states=all_states)
         return output if (config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
@@ -223,6 +244,8 @@ class LSGSeq2SeqModel(LSGModel):
         Raises:
             ValueError: as in the encoder, or ``attention_mask`` does not fit the encoder's states.
         """
+        if packed := [name for name in ("cu_seq_lens_q", "cu_seq_lens_k") if decoder_kwargs.get(name) is not None]:
+            raise ValueError(f"{packed[0]}: expected None, as the decoder would see all of the packed documents")
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids,
