@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import fresh, measure, peers, plot, recall, report, run, scaling, tune
+from bench import fresh, measure, packed, peers, plot, recall, report, run, scaling, tune
 from bench.cases import Section, TimedCase, plan, shrink
 from bench.flops import BOUNDS
 from bench.measure import Result
@@ -357,3 +357,10 @@ def test_tune_dry_run_lists_schedules(arguments, capsys):
     out = capsys.readouterr().out
     assert "_kernel" in out
     assert out.count("│") > 60
+
+
+def test_packed_prints_a_row_for_each_batch_and_step(capsys):
+    packed.main(["--lengths", "40", "7", "--seconds", "0"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if "packed" in line or "padded" in line][1:]
+    assert [line.split("│")[2].strip() for line in rows] == ["packed", "padded"] * 2
+    assert [int(line.split("│")[3]) for line in rows] == [49, 82] * 2

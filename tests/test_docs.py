@@ -89,7 +89,7 @@ def test_readme_gives_what_its_comments_say(folder):
 
 def test_models_page_gives_what_it_says(folder):
     names, count = run_python(DOCS / "models.md")
-    assert count == 4
+    assert count == 5
     assert len(names["ids"][0]) > 1
     assert names["tokenizer"].model_max_length == names["model"].config.max_position_embeddings == 16384
     assert names["model"].config.num_global_tokens == 16
