@@ -21,7 +21,7 @@ class Workspace:
 
         One name goes with one dtype.
         """
-        if torch.compiler.is_compiling():  # the compiler plans memory itself
+        if torch.compiler.is_exporting():  # the compiler plans memory itself
             return self._like.new_empty(shape, dtype=dtype or self.dtype)
         size = math.prod(shape)
         if name not in self._memory or self._memory[name].numel() < size:

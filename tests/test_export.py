@@ -21,6 +21,7 @@ def test_exports_for_lengths_from_1_on(sparsity_type, num_globals):
         torch.testing.assert_close(program.module()(x), layer(x))
 
 
+@pytest.mark.filterwarnings("ignore")  # those of the compiler
 def test_aot_inductor_runs_the_layer(tmp_path):
     layer = LSGAttention(16, 4, LSGPattern(16, 16, 4, num_global_tokens=1)).eval()
     length = Dim("length", min=2, max=1024)
