@@ -19,7 +19,7 @@ _OPTIONS = (
     "int num_global_tokens, int lsh_num_pre_rounds, int lsh_seed, bool causal, int first_head"
 )
 _INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? attention_mask, Tensor? seed, Tensor[] projections, "
+    "Tensor query, Tensor key, Tensor value, Tensor? attention_mask, Tensor? seed, Tensor[]? projections, "
     "Tensor? cu_seqlens, SymInt max_seqlen"
 )
 _SCHEMA = f"({_INPUTS}, {_OPTIONS}) -> Tensor[]"
@@ -41,7 +41,7 @@ def _arguments(call: Call) -> tuple[Any, ...]:
         call.value,
         call.attention_mask,
         call.seed,
-        list(call.projections),
+        list(call.projections) or None,  # AOTInductor gives back an empty list as None
         call.cu_seqlens,
         call.max_seqlen,
         call.dropout_p,
@@ -60,11 +60,11 @@ def _arguments(call: Call) -> tuple[Any, ...]:
 
 def _call(
     query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, seed: Tensor | None,
-    projections: list[Tensor], cu_seqlens: Tensor | None, max_seqlen: int, dropout_p: float, scale: float,
+    projections: list[Tensor] | None, cu_seqlens: Tensor | None, max_seqlen: int, dropout_p: float, scale: float,
     *fields: Any,
 ) -> Call:  # fmt: skip
     """The operator's arguments as a call."""
-    inputs = (query, key, value, attention_mask, seed, tuple(projections))
+    inputs = (query, key, value, attention_mask, seed, tuple(projections or ()))
     *of_pattern, first_head = fields
     return Call(*inputs, dropout_p, scale, LSGPattern(*of_pattern), first_head, cu_seqlens, max_seqlen)
 
@@ -128,16 +128,17 @@ def _attention_backward_fake(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """Keep for the backward the operator's inputs and all that it returned."""
     query, key, value, attention_mask, seed, projections, cu_seqlens, *ctx.options = inputs
-    ctx.num_projections = len(projections)
-    ctx.save_for_backward(query, key, value, attention_mask, seed, cu_seqlens, *projections, *output)
+    ctx.num_projections = len(projections or ())
+    ctx.save_for_backward(query, key, value, attention_mask, seed, cu_seqlens, *(projections or ()), *output)
     ctx.set_materialize_grads(False)  # no zeros for what has no gradient
 
 
 def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     """The gradients of the operator's inputs; of all three, as each needs most of what the others do."""
     query, key, value, attention_mask, seed, cu_seqlens, *others = ctx.saved_tensors
-    projections, results = others[: ctx.num_projections], others[ctx.num_projections :]
-    none = (None, None, [None] * len(projections), None, *(None for _ in ctx.options))
+    count = ctx.num_projections
+    projections, results = others[:count] or None, others[count:]
+    none = (None, None, None if projections is None else [None] * count, None, *(None for _ in ctx.options))
     dout, dlse, *_ = grads
     if dout is None and dlse is None:
         return None, None, None, *none
