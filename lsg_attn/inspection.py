@@ -9,9 +9,8 @@ from torch import Tensor
 
 from .arguments import checked_call
 from .checks import type_name
-from .compression import compress_call
 from .pattern import LSGPattern
-from .reference import visible_slots, visible_tokens, with_all_heads
+from .reference import probabilities, scores_of, with_all_heads
 
 
 def attention_weights(
@@ -41,17 +40,9 @@ def attention_weights(
         TypeError, ValueError: as :func:`lsg_attention` says, or ``rows`` are no positions.
     """
     call = checked_call(query, key, key, pattern, attention_mask, 0.0, scale, lsh_projections, None)
-    call, length, first = with_all_heads(call), query.shape[2], pattern.num_global_tokens
-    chosen = _positions(rows, length)
-    keys, keep = call.key, call.keep()[:, None, None, :]
-    visible = visible_tokens(pattern, length, chosen).to(key.device) & keep
-    compression = compress_call(call)
-    if compression is not None:
-        slots = visible_slots(pattern, length, chosen).to(key.device) & compression.keep.unsqueeze(-2)
-        visible = torch.cat([visible.expand(*slots.shape[:-1], -1), slots], dim=-1)
-        keys = torch.cat([keys, compression.apply(keys[:, :, first:])], dim=-2)
-    scores = query[:, :, chosen.to(query.device)] * call.scale @ keys.mT
-    probs = scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(dim=-1) * visible
+    length, first = query.shape[2], pattern.num_global_tokens
+    scores, visible, compression = scores_of(with_all_heads(call), _positions(rows, length))
+    probs = probabilities(scores, visible)
     if compression is None:
         return probs
     weights, of_slots = probs[..., :length].clone(), probs[..., length:]

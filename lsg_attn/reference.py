@@ -18,20 +18,40 @@ def reference_attention(call: Call) -> tuple[Tensor, Tensor]:
     Dropout draws from PyTorch's generator.
     """
     call = with_all_heads(call)
-    query, key, value, pattern = call.query, call.key, call.value, call.pattern
-    first = pattern.num_global_tokens
-    visible = visible_tokens(pattern, key.shape[-2]).to(key.device) & call.keep()[:, None, None, :]
-    compression = compress_call(call)
+    scores, visible, compression = scores_of(call)
+    value = call.value
     if compression is not None:
-        slots = visible_slots(pattern, key.shape[-2]).to(key.device) & compression.keep.unsqueeze(-2)
-        visible = torch.cat([visible.expand(*slots.shape[:-1], -1), slots], dim=-1)
-        key = torch.cat([key, compression.apply(key[:, :, first:])], dim=-2)
-        value = torch.cat([value, compression.apply(value[:, :, first:])], dim=-2)
-    scores = (query * call.scale @ key.mT).masked_fill(~visible, torch.finfo(query.dtype).min)
-    probs = scores.softmax(dim=-1) * visible  # a row that sees nothing: a uniform row times 0
-    out = torch.dropout(probs, call.dropout_p, train=True) @ value
+        value = torch.cat([value, compression.apply(value[:, :, call.pattern.num_global_tokens :])], dim=-2)
+    out = torch.dropout(probabilities(scores, visible), call.dropout_p, train=True) @ value
     lse = scores.to(torch.promote_types(scores.dtype, torch.float32)).logsumexp(dim=-1)
     return out, lse.masked_fill(~visible.any(-1), torch.inf)
+
+
+def scores_of(call: Call, rows: Tensor | None = None) -> tuple[Tensor, Tensor, Compression | None]:
+    """The scores of a call with all heads, and what they are of.
+
+    ``rows``: (rows,) int64 on the CPU, the positions of the queries, by default all.
+
+    Returns:
+        (batch, heads, rows, G+T+N) of the tokens and then the compressed keys, the least finite number where a key is
+        not visible; which ones are, broadcastable to them; and the compression, or None.
+    """
+    query, key, pattern = call.query, call.key, call.pattern
+    first, length, device = pattern.num_global_tokens, key.shape[-2], key.device
+    visible = visible_tokens(pattern, length, rows).to(device) & call.keep()[:, None, None, :]
+    compression = compress_call(call)
+    if compression is not None:
+        slots = visible_slots(pattern, length, rows).to(device) & compression.keep.unsqueeze(-2)
+        visible = torch.cat([visible.expand(*slots.shape[:-1], -1), slots], dim=-1)
+        key = torch.cat([key, compression.apply(key[:, :, first:])], dim=-2)
+    query = query if rows is None else query[:, :, rows.to(device)]
+    scores = query * call.scale @ key.mT
+    return scores.masked_fill(~visible, torch.finfo(query.dtype).min), visible, compression
+
+
+def probabilities(scores: Tensor, visible: Tensor) -> Tensor:
+    """The softmax of scores; 0 in a row that sees nothing, which else were uniform."""
+    return scores.softmax(dim=-1) * visible
 
 
 def with_all_heads(call: Call) -> Call:

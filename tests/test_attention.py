@@ -360,3 +360,20 @@ def test_the_size_of_the_workspace_changes_nothing(monkeypatch):
     for budget in (1, 1000, 20_000, 1 << 20):
         monkeypatch.setattr("lsg_attn.blockwise.sweep._CPU_SCORES", budget)
         assert_all_close(run_attention(inputs, pattern, implementation="torch"), expected)
+
+
+def test_dropout_does_not_depend_on_the_number_of_threads():
+    """Nor do its gradients; heads in more parts than one."""
+    threads, found = torch.get_num_threads(), []
+    query, key, value, dout, _ = make_inputs(1, 6, 500, 16)
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            torch.manual_seed(0)
+            out = lsg_attention(*leaves, LSGPattern(32, 32, 2), dropout_p=0.3)
+            found.append((out, *torch.autograd.grad(out, leaves, dout)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0])
