@@ -68,6 +68,18 @@ def test_stands_in_an_encoder_layer(batch_first, norm_first):
         torch.testing.assert_close(got * rows, expected * rows)
 
 
+@pytest.mark.parametrize("is_bool", [True, False])
+def test_padding_masks_are_pytorchs(is_bool):
+    """True or -inf for padding."""
+    dense = nn.MultiheadAttention(12, 3, batch_first=True)
+    x, padding = torch.randn(2, 30, 12), torch.arange(30) >= torch.tensor([[30], [21]])
+    mask = padding if is_bool else torch.zeros(2, 30).masked_fill(padding, -torch.inf)
+    expected, _ = dense(x, x, x, mask, need_weights=False)
+    got, weights = LSGMultiheadAttention.from_multihead(dense, SHORT)(x, x, x, mask)
+    assert weights is None
+    torch.testing.assert_close(got[~padding], expected[~padding])
+
+
 def test_causal_patterns_take_the_hint():
     layer = LSGMultiheadAttention(8, 2, LSGPattern(8, 8, 2, num_global_tokens=0, causal=True), batch_first=True)
     x = torch.randn(1, 16, 8)
