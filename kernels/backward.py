@@ -105,11 +105,12 @@ def _add_dq(dq, tile, keys, scores, offs_n, source, KIND: tl.constexpr, V: tl.co
 def _add_dkv(
     dk, dv, keys, near, far, queries, source,
     QUERIES: tl.constexpr, KIND: tl.constexpr, WINDOWED: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIAGONAL: tl.constexpr = False,
 ):  # fmt: skip
     """Add to the gradients of a tile of keys, without scales, what two Ranges of queries give; (BLOCK_M, BLOCK_D) each.
 
     QUERIES: the ranges are of "global" queries or of "token"s. WINDOWED: the keys are not all seen by the same
-    queries, or a tile of queries may go beyond its range.
+    queries, or a tile of queries may go beyond its range. DIAGONAL: the queries see no later key.
     """
     IS_TOKEN: tl.constexpr = QUERIES == "token"
     FIRST: tl.constexpr = V.num_globals if IS_TOKEN else 0
@@ -125,9 +126,11 @@ def _add_dkv(
         scores = tl.dot(keys.k, tl.trans(tile.q), input_precision="ieee")  # (BLOCK_M keys, BLOCK_N queries)
         scores += keys.hidden[:, None]
         if WINDOWED:
-            rows = start + offs_m
-            visible = in_windows(rows[None, :], (rows // V.block)[None, :], offs_n[:, None], KIND, V)
-            scores = tl.where(visible, scores, float("-inf"))
+            row_block = (start + offs_m) // V.block
+            scores = tl.where(in_windows(row_block[None, :], offs_n[:, None], KIND, V), scores, float("-inf"))
+        if DIAGONAL:
+            tokens = offs_n - V.num_globals
+            scores = tl.where(tokens[:, None] <= (start + offs_m)[None, :], scores, float("-inf"))
         dprobs = tl.dot(keys.v, tl.trans(tile.dout), input_precision="ieee")
         keeps = None
         if V.has_dropout:
@@ -224,7 +227,9 @@ def _dkv_of_tokens(
     keys = _load_keys(first, first, offs_n, inside, kept, any_source.tokens, offs_d, V)
     dk, dv, none = tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M, BLOCK_D), tl.float32), Range(0, 0)
     last_row = tl.minimum(first_row + BLOCK_M, num_tokens) - 1
-    for member in tl.range(0, V.group):
+    num_seen = tl.where(any_of(kept), num_tokens, 0)  # no token sees keys that are all padding
+    others, own = tokens_that_see_tokens(first_row, last_row, num_seen, V, BLOCK_N)
+    for member in tl.range(0, V.group, disable_licm=True):  # addresses that are the same for all would fill registers
         head = query_head_of(key_head, member, V.group)
         queries, source = locate_queries(head, query_tensors, num_tokens, V), locate_source(head, key_tensors, V)
         # 1. The first token's query.
@@ -234,11 +239,9 @@ def _dkv_of_tokens(
         if G > 0 and not V.causal:
             near = Range(0, G)
             dk, dv = _add_dkv(dk, dv, keys, near, none, queries, source, "global", "token", False, V, BLOCK_GLOBALS)
-        # 3. The tokens, unless all these keys are padding.
-        num_seen = tl.where(any_of(kept), num_tokens, 0)
-        others, own = tokens_that_see_tokens(first_row, last_row, num_seen, V, BLOCK_N)
+        # 3. The tokens.
         if V.causal:
-            dk, dv = _add_dkv(dk, dv, keys, own, none, queries, source, "token", "token", True, V, BLOCK_N)
+            dk, dv = _add_dkv(dk, dv, keys, own, none, queries, source, "token", "token", WINDOWED, V, BLOCK_N, True)
         dk, dv = _add_dkv(dk, dv, keys, others, none, queries, source, "token", "token", WINDOWED, V, BLOCK_N)
     return _with_scales(dk, dv, any_source)
 
@@ -339,7 +342,7 @@ def _lsg_bwd_dq_dkv_kernel(
             )  # fmt: skip
             if V.sparsity != "none":
                 dslots = SlotGradients(dslot_k_ptr, dslot_v_ptr, slot_strides, weight_ptr, slot_ptr)
-                for i in tl.range(0, V.group):
+                for i in tl.range(0, V.group, disable_licm=True):
                     reader = query_head_of(key_head, i, V.group)
                     slots = locate_source(reader, key_tensors, V)
                     dk, dv = add_slots(dk, dv, row, reader, slots, dslots, V, BLOCK_M, BLOCK_D)

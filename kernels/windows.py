@@ -168,19 +168,23 @@ def slots_seen(first, last, source, V: tl.constexpr):
 
 @triton.jit
 def tokens_seen(first_row, last_row, source, V: tl.constexpr):
-    """The KeyRanges of positions that tokens [first_row, last_row] see in their local windows.
+    """The KeyRange of positions that tokens [first_row, last_row] see in their local windows.
 
-    Of a causal pattern the second has these tokens themselves, of which each sees those up to it; the first has what
-    comes before. Otherwise the second is empty.
+    Of a causal pattern only what comes before them; then there is :func:`own_tokens` too.
     """
     G: tl.constexpr = V.num_globals
-    start = G + tl.maximum(first_row // V.block - 1, 0) * V.block
+    start = tl.maximum(first_row // V.block - 1, 0) * V.block
     if V.causal:
-        before = trim(start, G + first_row, source, "token", V)
-        return before, trim(G + first_row, G + last_row + 1, source, "token", V)
+        return trim(G + start, G + first_row, source, "token", V)
     else:
-        stop = G + tl.minimum((last_row // V.block + 2) * V.block, source.num_tokens)
-        return trim(start, stop, source, "token", V), KeyRange(0, 0, False)
+        stop = tl.minimum((last_row // V.block + 2) * V.block, source.num_tokens)
+        return trim(G + start, G + stop, source, "token", V)
+
+
+@triton.jit
+def own_tokens(first_row, last_row, source, V: tl.constexpr):
+    """The KeyRange of tokens [first_row, last_row] themselves, of which each sees those up to it."""
+    return trim(V.num_globals + first_row, V.num_globals + last_row + 1, source, "token", V)
 
 
 @triton.jit
@@ -221,14 +225,13 @@ def tokens_that_see_slots(first_slot, last_slot, num_tokens, V: tl.constexpr):
 
 
 @triton.jit
-def in_windows(rows, row_block, offs_n, KIND: tl.constexpr, V: tl.constexpr):
-    """Which keys are in the windows of each row, a token in ``row_block``; the three broadcast to a tile."""
+def in_windows(row_block, offs_n, KIND: tl.constexpr, V: tl.constexpr):
+    """Which keys are in the windows of the block of each row, apart from what is later in a causal pattern's blocks.
+
+    row_block and offs_n broadcast to a tile.
+    """
     if KIND == "token":
-        tokens = offs_n - V.num_globals
-        if V.causal:
-            return (tokens <= rows) & (row_block - tokens // V.block <= 1)
-        else:
-            return tl.abs(row_block - tokens // V.block) <= 1
+        return tl.abs(row_block - (offs_n - V.num_globals) // V.block) <= 1
     else:
         left = (row_block - 1) * V.step - offs_n  # above 0: left of the local window
         if V.causal:

@@ -17,36 +17,33 @@ SHAPES = [  # (tokens, head_dim, num_global_tokens, padding) for blocks of B = 3
 ]
 
 
-@pytest.mark.parametrize("shape", range(2))
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
-def test_each_type(sparsity_type, shape):
+def test_each_type(sparsity_type):
     """Blocks are smaller than tiles. With padding at the front, the first rows see nothing."""
-    i = SPARSITY_TYPES.index(sparsity_type) + shape
+    i = SPARSITY_TYPES.index(sparsity_type)
     tokens, head_dim, num_globals, padding = SHAPES[i % 3]
     pattern = LSGPattern(32, 32, 4, sparsity_type, num_globals, causal=True)
-    check(padded_inputs(pattern, tokens, head_dim, DTYPES[(i + shape) % 3], padding), pattern)
+    check(padded_inputs(pattern, tokens, head_dim, DTYPES[(i + i // 3) % 3], padding), pattern)
 
 
 @pytest.mark.every_kernel
-@pytest.mark.parametrize(
-    ("sparsity_type", "dtype"), [("norm", torch.bfloat16), ("pooling", torch.float32), ("block_stride", torch.float16)]
-)
+@pytest.mark.parametrize(("sparsity_type", "dtype"), [("norm", torch.bfloat16), ("bos_pooling", torch.float32)])
 def test_blocks_as_large_as_a_tile(sparsity_type, dtype):
     """The default pattern but for its globals."""
-    pattern = LSGPattern(sparsity_type=sparsity_type, num_global_tokens=2, causal=True)
-    check(padded_inputs(pattern, 4 * 128 - 60, 64, dtype, "ends"), pattern)
+    pattern = LSGPattern(sparsity_type=sparsity_type, num_global_tokens=5, causal=True)
+    check(padded_inputs(pattern, 4 * 128 - 60, 64, dtype, "ends", 1), pattern)
 
 
 @pytest.mark.parametrize("tile", [(16, 32), (32, 64), (64, 16), (128, 64)])
-@pytest.mark.parametrize("tokens", [63, 64 + 37, 3 * 64 + 5])
+@pytest.mark.parametrize("tokens", [64 + 37, 3 * 64 + 5])
 def test_tiles_on_the_diagonal(tokens, tile, monkeypatch):
     """Also in a dense sequence; of a tile of keys, or of queries, the diagonal may be in a part or in several."""
     use_tiles_of(*tile, monkeypatch)
     pattern = LSGPattern(64, 64, 2, "stride", 2, causal=True)
-    check(make_inputs(1, 2, 2 + tokens, 16, padding="random", garbage=1e3, num_kept=3), pattern)
+    check(make_inputs(1, 1, 2 + tokens, 16, padding="random", garbage=1e3, num_kept=3), pattern)
 
 
-@pytest.mark.parametrize("pattern", UNUSUAL_PATTERNS, ids=name_of)
+@pytest.mark.parametrize("pattern", UNUSUAL_PATTERNS[::3], ids=name_of)
 def test_unusual_patterns(pattern):
     check(unusual_inputs(pattern), replace(pattern, causal=True))
 
@@ -68,7 +65,7 @@ def test_globals_see_themselves_alone(monkeypatch):
 def test_a_later_token_changes_no_earlier_row(sparsity_type):
     """Bit for bit, with a cut within a tile; and earlier rows give later tokens no gradient."""
     pattern, cut = LSGPattern(32, 32, 4, sparsity_type, 1, causal=True), 1 + 101
-    inputs = make_inputs(1, 2, 1 + 170, 16)
+    inputs = make_inputs(1, 1, 1 + 170, 16)
     inputs.dout[:, :, cut:] = 0
     later = (torch.arange(1 + 170) >= cut)[:, None]
     changed = Inputs(*(torch.where(later, 30 * x.flip(2), x) for x in inputs[:3]), *inputs[3:])
@@ -79,7 +76,7 @@ def test_a_later_token_changes_no_earlier_row(sparsity_type):
         assert not getattr(again, name)[:, :, cut:].any(), name
 
 
-@pytest.mark.parametrize("sparsity_type", ["none", "norm", "pooling", "block_stride", "lsh"])
+@pytest.mark.parametrize("sparsity_type", ["norm", "pooling"])
 def test_blocks_to_the_right_are_not_read(sparsity_type):
     """NaN in them would show, whatever its probability: in keys that lie right of queries, and queries left of keys."""
     pattern, cut = LSGPattern(128, 64, 4, sparsity_type, 2, causal=True), 2 + 256

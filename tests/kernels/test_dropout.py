@@ -71,14 +71,12 @@ def test_tiles_do_not_decide_what_is_dropped(tile, monkeypatch):
     check(make_inputs(1, 2, 3 + 170, 16, padding="right"), pattern, 0.5)
 
 
-@pytest.mark.parametrize(
-    ("sparsity_type", "tile"), [("norm", (16, 16)), ("bos_pooling", (32, 64)), ("stride", (64, 32)), ("lsh", (128, 64))]
-)
+@pytest.mark.parametrize(("sparsity_type", "tile"), [("norm", (32, 64)), ("bos_pooling", (64, 32)), ("lsh", (128, 64))])
 def test_of_causal_patterns_and_shared_keys(sparsity_type, tile, monkeypatch):
     """Tiles are smaller than a block, also of keys than of queries, and larger."""
     use_tiles_of(*tile, monkeypatch)
     pattern = LSGPattern(64, 32, 4, sparsity_type, 3, causal=True)
-    check(grouped(make_inputs(1, 4, 3 + 250, 16, padding="random", num_kept=4), 2), pattern, 0.3)
+    check(grouped(make_inputs(1, 2, 3 + 200, 16, padding="random", num_kept=4), 2), pattern, 0.3)
 
 
 def test_mean_and_variance_of_dropout():
