@@ -43,6 +43,17 @@ def test_tiles_on_the_diagonal(tokens, tile, monkeypatch):
     check(make_inputs(1, 1, 2 + tokens, 16, padding="random", garbage=1e3, num_kept=3), pattern)
 
 
+def test_scores_so_low_that_a_query_of_zeros_would_overflow(monkeypatch):
+    """Of a query that a tile of queries reads as zeros, the probability of a key would be inf."""
+    use_tiles_of(32, 64, monkeypatch)
+    inputs = make_inputs(1, 1, 200, 16)
+    inputs.query[..., 0] += 30
+    inputs.key[..., 0] -= 30
+    got = attend(inputs, LSGPattern(64, 64, 2, "stride", 0, causal=True))
+    assert got.lse.max() < -128
+    assert all(x.isfinite().all() for x in got)
+
+
 @pytest.mark.parametrize("pattern", UNUSUAL_PATTERNS[::3], ids=name_of)
 def test_unusual_patterns(pattern):
     check(unusual_inputs(pattern), replace(pattern, causal=True))
