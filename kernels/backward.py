@@ -8,6 +8,8 @@ import triton.language as tl
 from .heads import (
     SIZES,
     Keys,
+    KeyTensors,
+    QueryTensors,
     first_of_tokens,
     head_keys,
     head_rows,
@@ -15,6 +17,7 @@ from .heads import (
     locate_queries,
     locate_source,
     locate_tile,
+    query_head_of,
     store_keys,
 )
 from .primitives import (
@@ -28,7 +31,7 @@ from .primitives import (
     score_gradients,
     store_rows,
 )
-from .slots import add_slots
+from .slots import SlotGradients, add_slots
 from .walk import num_tiles, tile_of, walk_keys, walk_part
 from .windows import (
     Range,
@@ -37,6 +40,7 @@ from .windows import (
     find_keys,
     in_windows,
     key_columns,
+    positions_of_globals,
     tokens_that_see_slots,
     tokens_that_see_tokens,
     uniform,
@@ -101,11 +105,12 @@ def _add_dq(dq, tile, keys, scores, offs_n, source, KIND: tl.constexpr, V: tl.co
 def _add_dkv(
     dk, dv, keys, near, far, queries, source,
     QUERIES: tl.constexpr, KIND: tl.constexpr, WINDOWED: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr,
+    DIAGONAL: tl.constexpr = False,
 ):  # fmt: skip
     """Add to the gradients of a tile of keys, without scales, what two Ranges of queries give; (BLOCK_M, BLOCK_D) each.
 
     QUERIES: the ranges are of "global" queries or of "token"s. WINDOWED: the keys are not all seen by the same
-    queries, or a tile of queries may go beyond its range.
+    queries, or a tile of queries may go beyond its range. DIAGONAL: the queries see no later key.
     """
     IS_TOKEN: tl.constexpr = QUERIES == "token"
     FIRST: tl.constexpr = V.num_globals if IS_TOKEN else 0
@@ -123,6 +128,9 @@ def _add_dkv(
         if WINDOWED:
             row_block = (start + offs_m) // V.block
             scores = tl.where(in_windows(row_block[None, :], offs_n[:, None], KIND, V), scores, float("-inf"))
+        if DIAGONAL:
+            tokens = offs_n - V.num_globals
+            scores = tl.where(tokens[:, None] <= (start + offs_m)[None, :], scores, float("-inf"))
         dprobs = tl.dot(keys.v, tl.trans(tile.dout), input_precision="ieee")
         keeps = None
         if V.has_dropout:
@@ -192,44 +200,50 @@ def _dkv_of_globals(
 
 @triton.jit
 def _dk_of_weights(first_row, dscore_ptr, queries, head, num_tokens, V, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What the first token's query, whose scores weight the tokens of a slot, gives to dk; 0 without such scores."""
-    dk = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if dscore_ptr is not None:
-        offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-        ptrs = dscore_ptr + head.flat * num_tokens + first_row + offs_m
-        dscore = tl.load(ptrs, mask=offs_m < num_tokens - first_row, other=0.0)
-        query = tl.load(one_row(queries.q, V.num_globals, offs_d), mask=offs_d < V.head_dim, other=0.0)
-        dk += dscore[:, None] * query.to(tl.float32)[None, :]
-    return dk
+    """What the first token's query, whose scores weight the tokens of a slot, gives to dk."""
+    offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    ptrs = dscore_ptr + head.flat * num_tokens + first_row + offs_m
+    dscore = tl.load(ptrs, mask=offs_m < num_tokens - first_row, other=0.0)
+    query = tl.load(one_row(queries.q, V.num_globals, offs_d), mask=offs_d < V.head_dim, other=0.0)
+    return dscore[:, None] * query.to(tl.float32)[None, :]
 
 
 @triton.jit
 def _dkv_of_tokens(
-    dk, first_row, queries, source,
+    first_row, key_head, query_tensors, key_tensors, any_source, dscore_ptr,
     V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the keys and values of BLOCK_M tokens from queries that see them as they are.
+    """The gradients of the keys and values of BLOCK_M tokens from queries that see them as they are, or weight them.
 
-    dk: what else the keys have, (BLOCK_M, BLOCK_D), without the scale of scores.
+    Those of all heads that read ``key_head``, in order; ``any_source``: the Source of one of these.
     """
     G: tl.constexpr = V.num_globals
     WINDOWED: tl.constexpr = V.block % BLOCK_M != 0 or V.block % BLOCK_N != 0
-    num_tokens, first = source.num_tokens, G + first_row
+    BLOCK_GLOBALS: tl.constexpr = BLOCK_G if BLOCK_G < BLOCK_N else BLOCK_N
+    num_tokens, first = any_source.num_tokens, G + first_row
     offs_n, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     inside = offs_n < num_tokens - first_row
-    kept = is_kept(source.mask, first, offs_n, inside, V)
-    keys = _load_keys(first, first, offs_n, inside, kept, source.tokens, offs_d, V)
-    dv, none = tl.zeros((BLOCK_M, BLOCK_D), tl.float32), Range(0, 0)
-    # 1. The global queries.
-    if G > 0:
-        BLOCK_GLOBALS: tl.constexpr = BLOCK_G if BLOCK_G < BLOCK_N else BLOCK_N
-        near = Range(0, G)
-        dk, dv = _add_dkv(dk, dv, keys, near, none, queries, source, "global", "token", False, V, BLOCK_GLOBALS)
-    # 2. The tokens, unless all these keys are padding.
-    seen = tokens_that_see_tokens(first_row, tl.minimum(first_row + BLOCK_M, num_tokens) - 1, num_tokens, V)
-    near = Range(seen.start, tl.where(any_of(kept), seen.stop, seen.start))
-    dk, dv = _add_dkv(dk, dv, keys, near, none, queries, source, "token", "token", WINDOWED, V, BLOCK_N)
-    return _with_scales(dk, dv, source)
+    kept = is_kept(any_source.mask, first, offs_n, inside, V)
+    keys = _load_keys(first, first, offs_n, inside, kept, any_source.tokens, offs_d, V)
+    dk, dv, none = tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M, BLOCK_D), tl.float32), Range(0, 0)
+    last_row = tl.minimum(first_row + BLOCK_M, num_tokens) - 1
+    num_seen = tl.where(any_of(kept), num_tokens, 0)  # no token sees keys that are all padding
+    others, own = tokens_that_see_tokens(first_row, last_row, num_seen, V, BLOCK_N)
+    for member in tl.range(0, V.group, disable_licm=True):  # addresses that are the same for all would fill registers
+        head = query_head_of(key_head, member, V.group)
+        queries, source = locate_queries(head, query_tensors, num_tokens, V), locate_source(head, key_tensors, V)
+        # 1. The first token's query.
+        if dscore_ptr is not None:
+            dk += _dk_of_weights(first_row, dscore_ptr, queries, head, num_tokens, V, BLOCK_M, BLOCK_D)
+        # 2. The global queries.
+        if G > 0 and not V.causal:
+            near = Range(0, G)
+            dk, dv = _add_dkv(dk, dv, keys, near, none, queries, source, "global", "token", False, V, BLOCK_GLOBALS)
+        # 3. The tokens.
+        if V.causal:
+            dk, dv = _add_dkv(dk, dv, keys, own, none, queries, source, "token", "token", WINDOWED, V, BLOCK_N, True)
+        dk, dv = _add_dkv(dk, dv, keys, others, none, queries, source, "token", "token", WINDOWED, V, BLOCK_N)
+    return _with_scales(dk, dv, any_source)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -249,11 +263,12 @@ def _lsg_bwd_slots_kernel(
     # 1. Locate the head and the slots.
     head, tile = locate_head(tl.cdiv(num_slots, BLOCK_M), num_heads)
     first_slot = tile * BLOCK_M
-    queries = locate_queries(head, q_ptr, dout_ptr, sums_ptr, q_strides, dout_strides, num_tokens, V)
-    source = locate_source(
-        head, k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, scale_log2, kept_scale, seed, threshold,
-        k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_tokens, num_slots, V,
+    queries = locate_queries(head, QueryTensors(q_ptr, dout_ptr, sums_ptr, q_strides, dout_strides), num_tokens, V)
+    tensors = KeyTensors(
+        k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, scale_log2, kept_scale, seed, threshold,
+        k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_tokens, num_slots,
     )  # fmt: skip
+    source = locate_source(head, tensors, V)
     # 2. Their rows.
     SPARSITY: tl.constexpr = V.sparsity
     WINDOWED: tl.constexpr = V.step % BLOCK_M != 0 or V.reach % V.step != 0 or V.block % BLOCK_N != 0
@@ -287,45 +302,51 @@ def _lsg_bwd_dq_dkv_kernel(
 ):  # fmt: skip
     """The gradients of BLOCK_M rows of tokens or BLOCK_G of globals: of queries, or of keys and values.
 
-    BLOCK_N rows of the other side are taken at a time. Grid: batch * heads * (2 cdiv(num_tokens, BLOCK_M) +
-    2 cdiv(G, BLOCK_G) * num_parts), as locate_tile orders them; of a head the queries come before the keys. Writes the
-    tokens' rows of ``dq``, ``dk`` and ``dv`` (batch, heads, G+T, head_dim); of the globals' gradients the parts that
-    come from ``part_size`` positions or tokens, ``dq_part``, ``dk_part`` and ``dv_part`` (batch * heads, num_parts, G,
+    BLOCK_N rows of the other side are taken at a time. Grid: batch * ((heads + key heads) * cdiv(num_tokens, BLOCK_M) +
+    2 heads * cdiv(G, BLOCK_G) * num_parts), as locate_tile orders them; of a head of keys, the heads of queries that
+    read it come before itself. Writes the tokens' rows of ``dq`` (batch, heads, G+T, head_dim), ``dk`` and ``dv``
+    (batch, key heads, G+T, head_dim); of the globals' gradients the parts that come from ``part_size`` positions or
+    tokens and from one head of queries, ``dq_part``, ``dk_part`` and ``dv_part`` (batch * heads, num_parts, G,
     head_dim) float32.
     """
-    # 1. Locate the head and the tile.
+    # 1. Locate the tile and its heads; of tokens' keys, the first head of queries that reads them.
     G: tl.constexpr = V.num_globals
     GLOBAL_TILES: tl.constexpr = (V.num_globals + BLOCK_G - 1) // BLOCK_G
     token_programs, global_programs = tl.cdiv(num_tokens, BLOCK_M), GLOBAL_TILES * num_parts
-    head, program, is_token = locate_tile(2 * token_programs, 2 * global_programs, batch, num_heads)
-    queries = locate_queries(head, q_ptr, dout_ptr, sums_ptr, q_strides, dout_strides, num_tokens, V)
-    source = locate_source(
-        head, k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, scale_log2, kept_scale, seed, threshold,
-        k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_tokens, num_slots, V,
+    key_head, program, is_token = locate_tile(
+        (V.group + 1) * token_programs, 2 * V.group * global_programs, batch, num_heads // V.group
     )  # fmt: skip
+    member = program // tl.where(is_token, token_programs, global_programs) % V.group
+    head = query_head_of(key_head, member, V.group)
+    query_tensors = QueryTensors(q_ptr, dout_ptr, sums_ptr, q_strides, dout_strides)
+    key_tensors = KeyTensors(
+        k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, scale_log2, kept_scale, seed, threshold,
+        k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_tokens, num_slots,
+    )  # fmt: skip
+    queries, source = locate_queries(head, query_tensors, num_tokens, V), locate_source(head, key_tensors, V)
     offs_d = tl.arange(0, BLOCK_D)
 
     if is_token:
         row = program % token_programs * BLOCK_M
         offs_m = tl.arange(0, BLOCK_M)
         inside = offs_m < num_tokens - row
-        if program < token_programs:
+        if program < V.group * token_programs:
             # 2. Queries of tokens.
             dq = _dq_of_tokens(row, queries, source, V, BLOCK_M, BLOCK_N, BLOCK_G, BLOCK_D, BRANCH)
             rows = head_rows(dq_ptr, dq_strides, head, V.is_wide)
             store_rows(rows, G + row, offs_m, inside, offs_d, dq, V.head_dim)
         else:
             # 3. Keys and values of tokens: as they are, and as part of slots.
-            dk = _dk_of_weights(row, dscore_ptr, queries, head, num_tokens, V, BLOCK_M, BLOCK_D)
-            dk, dv = _dkv_of_tokens(dk, row, queries, source, V, BLOCK_M, BLOCK_N, BLOCK_G, BLOCK_D)
+            dk, dv = _dkv_of_tokens(
+                row, key_head, query_tensors, key_tensors, source, dscore_ptr, V, BLOCK_M, BLOCK_N, BLOCK_G, BLOCK_D
+            )  # fmt: skip
             if V.sparsity != "none":
-                dslots = head_keys(dslot_k_ptr, slot_strides, dslot_v_ptr, slot_strides, head, V.is_wide)
-                if V.sparsity == "compressed":
-                    weight_ptr += head.flat * num_tokens
-                if slot_ptr is not None:
-                    slot_ptr += head.flat * num_tokens
-                dk, dv = add_slots(dk, dv, row, source, dslots, weight_ptr, slot_ptr, V, BLOCK_M, BLOCK_D)
-            keys = head_keys(dk_ptr, dk_strides, dv_ptr, dv_strides, head, V.is_wide)
+                dslots = SlotGradients(dslot_k_ptr, dslot_v_ptr, slot_strides, weight_ptr, slot_ptr)
+                for i in tl.range(0, V.group, disable_licm=True):
+                    reader = query_head_of(key_head, i, V.group)
+                    slots = locate_source(reader, key_tensors, V)
+                    dk, dv = add_slots(dk, dv, row, reader, slots, dslots, V, BLOCK_M, BLOCK_D)
+            keys = head_keys(dk_ptr, dk_strides, dv_ptr, dv_strides, key_head, V.is_wide)
             store_keys(keys, G + row, offs_m, inside, offs_d, dk, dv, V.head_dim)
     elif G > 0:
         # 4. Globals: a part of the sum, which the next kernel adds to the others.
@@ -333,8 +354,8 @@ def _lsg_bwd_dq_dkv_kernel(
         part, row = number // GLOBAL_TILES, number % GLOBAL_TILES * BLOCK_G
         offs_g, start = tl.arange(0, BLOCK_G), part * part_size
         is_global = offs_g < G - row
-        if program < global_programs:
-            stop = tl.minimum(start + part_size, G + num_tokens)
+        if program < V.group * global_programs:
+            stop = tl.minimum(start + part_size, positions_of_globals(num_tokens, V))
             dq = _dq_of_globals(row, start, stop, queries, source, V, BLOCK_G, BLOCK_N, BLOCK_D, BRANCH)
             dq_part = rows_at(dq_part_ptr, part_strides, head.flat, part, V.is_wide)
             store_rows(dq_part, row, offs_g, is_global, offs_d, dq, V.head_dim)

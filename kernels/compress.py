@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .heads import SIZES, head_keys, head_rows, locate_head, store_keys
+from .heads import SIZES, head_keys, head_rows, key_head_of, keys_read_by, locate_head, store_keys
 from .primitives import MIN_SCORE, is_kept, load_rows, mask_of, one_row, store_rows
 
 # Columns of head_dim at a time, where whole rows of a chunk would not fit into registers.
@@ -44,7 +44,7 @@ def _lsg_norm_kernel(
     head, tile = locate_head(num_slots // CHOSEN * TILES, num_heads)
     mask = mask_of(mask_ptr, mask_batch_stride, mask_stride, head.batch, V)
     chunk = tile // TILES
-    k = head_rows(k_ptr, k_strides, head, V.is_wide)
+    k = head_rows(k_ptr, k_strides, key_head_of(head, V.group), V.is_wide)
     offs_m = tile % TILES * BLOCK_C + tl.arange(0, BLOCK_C)
     tokens = chunk * V.chunk + offs_m
     kept = is_kept(mask, G, tokens, (offs_m < V.chunk) & (tokens < num_tokens), V)
@@ -81,7 +81,7 @@ def _lsg_pool_kernel(
     G: tl.constexpr = V.num_globals
     head, tile = locate_head(tl.cdiv(num_slots, BLOCK_N), num_heads)
     mask = mask_of(mask_ptr, mask_batch_stride, mask_stride, head.batch, V)
-    keys = head_keys(k_ptr, k_strides, v_ptr, v_strides, head, V.is_wide)
+    keys = keys_read_by(k_ptr, k_strides, v_ptr, v_strides, head, V)
     offs_n, offs_d = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     inside = offs_n < num_slots
     if BY_QUERY:
@@ -189,7 +189,7 @@ def _lsg_lsh_kernel(
     CLUSTERS: tl.constexpr = V.chunk // V.factor
     head, chunk = locate_head(num_slots // CLUSTERS, num_heads)
     mask = mask_of(mask_ptr, mask_batch_stride, mask_stride, head.batch, V)
-    keys = head_keys(k_ptr, k_strides, v_ptr, v_strides, head, V.is_wide)
+    keys = keys_read_by(k_ptr, k_strides, v_ptr, v_strides, head, V)
     offs_c = tl.arange(0, BLOCK_C)
     tokens = chunk * V.chunk + offs_c
     exists = (offs_c < V.chunk) & (tokens < num_tokens)

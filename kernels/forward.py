@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .heads import SIZES, head_rows, locate_head, locate_source, locate_tile
+from .heads import SIZES, KeyTensors, head_rows, locate_head, locate_source, locate_tile
 from .primitives import (
     MIN_SCORE,
     draws_of,
@@ -19,7 +19,7 @@ from .primitives import (
     store_rows,
 )
 from .walk import walk_keys, walk_part
-from .windows import key_columns
+from .windows import key_columns, positions_of_globals
 
 
 class _Queries(NamedTuple):
@@ -89,10 +89,11 @@ def _lsg_fwd_kernel(
     length = V.num_globals + num_tokens
     head, program, is_token = locate_tile(tl.cdiv(num_tokens, BLOCK_M), GLOBAL_TILES * num_parts, batch, num_heads)
     q = head_rows(q_ptr, q_strides, head, V.is_wide)
-    source = locate_source(
-        head, k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, scale_log2, kept_scale, seed, threshold,
-        k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_tokens, num_slots, V,
+    tensors = KeyTensors(
+        k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, scale_log2, kept_scale, seed, threshold,
+        k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_tokens, num_slots,
     )  # fmt: skip
+    source = locate_source(head, tensors, V)
     offs_d = tl.arange(0, BLOCK_D)
 
     if is_token:
@@ -107,7 +108,7 @@ def _lsg_fwd_kernel(
     elif V.num_globals > 0:
         # 3. Globals: a part of the softmax, which the next kernel combines with the others.
         part, row = program // GLOBAL_TILES, program % GLOBAL_TILES * BLOCK_G
-        start, stop = part * part_size, tl.minimum((part + 1) * part_size, length)
+        start, stop = part * part_size, tl.minimum((part + 1) * part_size, positions_of_globals(num_tokens, V))
         part_out, part_lse = _global_tile(row, start, stop, q, source, V, BLOCK_G, BLOCK_N, BLOCK_D, BRANCH)
         offs_g = tl.arange(0, BLOCK_G)
         is_global = offs_g < V.num_globals - row

@@ -39,6 +39,38 @@ class Queries(NamedTuple):
     sums_ptr: Any
 
 
+class QueryTensors(NamedTuple):
+    """The arguments of a kernel that :func:`locate_queries` finds a head's Queries in."""
+
+    q_ptr: Any
+    dout_ptr: Any
+    sums_ptr: Any
+    q_strides: Any
+    dout_strides: Any
+
+
+class KeyTensors(NamedTuple):
+    """The arguments of a kernel that :func:`locate_source` finds a head's Source in."""
+
+    k_ptr: Any
+    v_ptr: Any
+    mask_ptr: Any
+    index_ptr: Any
+    sparse_k_ptr: Any
+    sparse_v_ptr: Any
+    scale_log2: Any
+    kept_scale: Any
+    seed: Any
+    threshold: Any
+    k_strides: Any
+    v_strides: Any
+    mask_batch_stride: Any
+    mask_stride: Any
+    sparse_strides: Any
+    num_tokens: Any
+    num_slots: Any
+
+
 class Source(NamedTuple):
     """All that the queries of a head attend to, and by what rule.
 
@@ -47,7 +79,7 @@ class Source(NamedTuple):
         mask: the Mask of the batch entry.
         index_ptr: the head's slots in ``index`` (batch, heads, slots) int32, which not every sparsity has: a slot's
             token for "indexed"; below 0 for a slot that is not kept.
-        head: the head's number in its batch entry.
+        head: the number of the head that "stride" and "block_stride" choose by.
         num_tokens, num_slots: how many tokens and slots the head has, without slots that lie past the sequence.
         generator: the Generator of dropout.
         scale_log2, kept_scale: factors of scores, as exponents of two, and of the probabilities that dropout keeps.
@@ -92,6 +124,21 @@ def _head_of(program, programs, num_heads):
 
 
 @triton.jit
+def key_head_of(head, GROUP: tl.constexpr):
+    """The Head of keys that a head of queries reads, which GROUP of these share."""
+    return Head(head.flat // GROUP, head.batch, head.index // GROUP)
+
+
+@triton.jit
+def query_head_of(key_head, member, GROUP: tl.constexpr):
+    """The Head of queries that is number ``member`` of the GROUP that read a head of keys."""
+    if GROUP == 1:
+        return key_head
+    else:
+        return Head(key_head.flat * GROUP + member, key_head.batch, key_head.index * GROUP + member)
+
+
+@triton.jit
 def head_rows(ptr, strides, head, WIDE: tl.constexpr):
     """The Rows of one head of a (batch, heads, length, head_dim) tensor."""
     return rows_at(ptr, strides, head.batch, head.index, WIDE)
@@ -104,6 +151,12 @@ def head_keys(k_ptr, k_strides, v_ptr, v_strides, head, WIDE: tl.constexpr):
 
 
 @triton.jit
+def keys_read_by(k_ptr, k_strides, v_ptr, v_strides, head, V: tl.constexpr):
+    """The Keys of the positions of the sequence that a head of queries reads."""
+    return head_keys(k_ptr, k_strides, v_ptr, v_strides, key_head_of(head, V.group), V.is_wide)
+
+
+@triton.jit
 def store_keys(keys, first, rows, inside, offs_d, k, v, HEAD_DIM: tl.constexpr):
     """Write tiles (rows, BLOCK_D) to the rows of Keys that are ``inside``, in the tensors' dtype."""
     store_rows(keys.k, first, rows, inside, offs_d, k, HEAD_DIM)
@@ -111,32 +164,29 @@ def store_keys(keys, first, rows, inside, offs_d, k, v, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def locate_source(
-    head, k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr,
-    scale_log2, kept_scale, seed, threshold,
-    k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_tokens, num_slots, V: tl.constexpr,
-):  # fmt: skip
-    """The Source of one head; arguments as the kernels have them."""
-    tokens = head_keys(k_ptr, k_strides, v_ptr, v_strides, head, V.is_wide)
+def locate_source(head, x, V: tl.constexpr):
+    """The Source of one head of queries, in KeyTensors ``x``."""
+    tokens = keys_read_by(x.k_ptr, x.k_strides, x.v_ptr, x.v_strides, head, V)
     slots = tokens
     if V.sparsity == "compressed":
-        slots = head_keys(sparse_k_ptr, sparse_strides, sparse_v_ptr, sparse_strides, head, V.is_wide)
-    mask = mask_of(mask_ptr, mask_batch_stride, mask_stride, head.batch, V)
-    index_ptr = _index_of(index_ptr, head, num_slots, V)
-    generator = generator_of(seed, threshold, head.flat, num_tokens, num_slots, V)
+        slots = head_keys(x.sparse_k_ptr, x.sparse_strides, x.sparse_v_ptr, x.sparse_strides, head, V.is_wide)
+    mask = mask_of(x.mask_ptr, x.mask_batch_stride, x.mask_stride, head.batch, V)
+    index_ptr = _index_of(x.index_ptr, head, x.num_slots, V)
+    number = head.index + V.first_head
+    num_slots = _slots_with_token(x.num_slots, x.num_tokens, number, V)
+    generator = generator_of(x.seed, x.threshold, head.flat, x.num_tokens, x.num_slots, V)
     return Source(
-        tokens, slots, mask, index_ptr, head.index, num_tokens, _slots_with_token(num_slots, num_tokens, head, V),
-        generator, scale_log2, kept_scale,
+        tokens, slots, mask, index_ptr, number, x.num_tokens, num_slots, generator, x.scale_log2, x.kept_scale
     )  # fmt: skip
 
 
 @triton.jit
-def _slots_with_token(num_slots, num_tokens, head, V: tl.constexpr):
+def _slots_with_token(num_slots, num_tokens, number, V: tl.constexpr):
     """The number of a head's slots, without those of ``stride`` and ``block_stride`` that lie past the sequence."""
     if V.sparsity == "stride":
-        return tl.cdiv(num_tokens - head.index % V.factor, V.factor)
+        return tl.cdiv(num_tokens - number % V.factor, V.factor)
     elif V.sparsity == "block_stride":
-        rest = num_tokens % V.block - head.index % V.factor * V.step
+        rest = num_tokens % V.block - number % V.factor * V.step
         return num_tokens // V.block * V.step + tl.minimum(tl.maximum(rest, 0), V.step)
     else:
         return num_slots
@@ -167,12 +217,10 @@ def sums_rows(num_tokens, NUM_GLOBALS: tl.constexpr):
 
 
 @triton.jit
-def locate_queries(
-    head, q_ptr, dout_ptr, sums_ptr, q_strides, dout_strides, num_tokens, V: tl.constexpr
-):  # fmt: skip
-    """The Queries of one head."""
+def locate_queries(head, x, num_tokens, V: tl.constexpr):
+    """The Queries of one head, in QueryTensors ``x``."""
     return Queries(
-        head_rows(q_ptr, q_strides, head, V.is_wide),
-        head_rows(dout_ptr, dout_strides, head, V.is_wide),
-        sums_ptr + head.flat * (2 * sums_rows(num_tokens, V.num_globals)),
+        head_rows(x.q_ptr, x.q_strides, head, V.is_wide),
+        head_rows(x.dout_ptr, x.dout_strides, head, V.is_wide),
+        x.sums_ptr + head.flat * (2 * sums_rows(num_tokens, V.num_globals)),
     )

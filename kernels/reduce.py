@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .heads import SIZES, first_of_tokens, head_keys, head_rows, locate_head, sums_rows
+from .heads import SIZES, first_of_tokens, head_keys, head_rows, key_head_of, keys_read_by, locate_head, sums_rows
 from .primitives import LN2, Rows, is_kept, load_rows, mask_of, one_row, rows_at
 
 
@@ -58,7 +58,7 @@ def _lsg_bwd_weights_kernel(
     slots, inside = offs_n // V.factor, offs_n < num_tokens
     kept = is_kept(mask, V.num_globals, offs_n, inside, V)
     # 1. What each weight's gradient is above the mean of its slot's.
-    keys = head_keys(k_ptr, k_strides, v_ptr, v_strides, head, V.is_wide)
+    keys = keys_read_by(k_ptr, k_strides, v_ptr, v_strides, head, V)
     k = load_rows(keys.k, V.num_globals, offs_n, kept, offs_d, V.head_dim).to(tl.float32)
     v = load_rows(keys.v, V.num_globals, offs_n, kept, offs_d, V.head_dim).to(tl.float32)
     sparse = head_keys(sparse_k_ptr, sparse_strides, sparse_v_ptr, sparse_strides, head, V.is_wide)
@@ -90,12 +90,12 @@ def _sum_parts(parts, num_parts, offs_d, HEAD_DIM: tl.constexpr, BLOCK_N: tl.con
 
 @triton.jit
 def _combine_row(
-    part_ptr, part_strides, grad_ptr, grad_strides, head, row, num_parts, offs_d,
+    part_ptr, part_strides, grad_ptr, grad_strides, first, head, row, num_parts, offs_d,
     HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Write the sum of the parts of one row of a gradient."""
+    """Write the sum of ``num_parts`` parts of one row of a head's gradient, from those of flat head ``first`` on."""
     by_part = (part_strides[0], part_strides[2], part_strides[1], part_strides[3])  # the parts of a row as its rows
-    acc = _sum_parts(rows_at(part_ptr, by_part, head.flat, row, True), num_parts, offs_d, HEAD_DIM, BLOCK_N)
+    acc = _sum_parts(rows_at(part_ptr, by_part, first, row, True), num_parts, offs_d, HEAD_DIM, BLOCK_N)
     ptrs = one_row(head_rows(grad_ptr, grad_strides, head, True), row, offs_d)
     tl.store(ptrs, acc.to(grad_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
 
@@ -104,9 +104,13 @@ def _combine_row(
 def _lsg_bwd_combine_kernel(
     dq_part_ptr, dk_part_ptr, dv_part_ptr, bos_part_ptr, dq_ptr, dk_ptr, dv_ptr,
     part_strides, dq_strides, dk_strides, dv_strides, num_heads, num_parts, num_tiles,
-    NUM_GLOBALS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    NUM_GLOBALS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One global of one head: the sums of its parts; or of the first token, what slots' weights give to its query.
+
+    The GROUP heads that read a head of keys each have parts of its gradients, which follow each other: the first of
+    these heads sums them all.
 
     Grid: batch * heads * G, or with ``bos_part`` (batch * heads, num_tiles, head_dim) batch * heads * (G + 1). Writes
     that row of ``dq``, ``dk`` and ``dv``; or adds to the first token's row of ``dq``.
@@ -116,15 +120,18 @@ def _lsg_bwd_combine_kernel(
     head, row = locate_head(ROWS, num_heads)
     offs_d = tl.arange(0, BLOCK_D)
     if row < NUM_GLOBALS:
+        first = head.flat
         _combine_row(
-            dq_part_ptr, part_strides, dq_ptr, dq_strides, head, row, num_parts, offs_d, HEAD_DIM, BLOCK_N
+            dq_part_ptr, part_strides, dq_ptr, dq_strides, first, head, row, num_parts, offs_d, HEAD_DIM, BLOCK_N
         )  # fmt: skip
-        _combine_row(
-            dk_part_ptr, part_strides, dk_ptr, dk_strides, head, row, num_parts, offs_d, HEAD_DIM, BLOCK_N
-        )  # fmt: skip
-        _combine_row(
-            dv_part_ptr, part_strides, dv_ptr, dv_strides, head, row, num_parts, offs_d, HEAD_DIM, BLOCK_N
-        )  # fmt: skip
+        if head.index % GROUP == 0:
+            keys, count = key_head_of(head, GROUP), num_parts * GROUP
+            _combine_row(
+                dk_part_ptr, part_strides, dk_ptr, dk_strides, first, keys, row, count, offs_d, HEAD_DIM, BLOCK_N
+            )  # fmt: skip
+            _combine_row(
+                dv_part_ptr, part_strides, dv_ptr, dv_strides, first, keys, row, count, offs_d, HEAD_DIM, BLOCK_N
+            )  # fmt: skip
     elif HAS_BOS:
         parts = Rows(bos_part_ptr + head.flat * num_tiles * HEAD_DIM, HEAD_DIM, 1)
         acc = _sum_parts(parts, num_tiles, offs_d, HEAD_DIM, BLOCK_N)

@@ -17,6 +17,7 @@ from .windows import (
     global_keys,
     in_windows,
     look,
+    own_tokens,
     slots_seen,
     tokens_seen,
     trim,
@@ -61,14 +62,14 @@ def _score(q, k, start, offs_n, stop, has_gaps, source, KIND: tl.constexpr, V: t
 
 @triton.jit
 def _walk(
-    state, tile, row_block, near, far, source,
+    state, tile, row_block, rows, near, far, source,
     KIND: tl.constexpr, WINDOWED: tl.constexpr, V: tl.constexpr, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr,
     STEP: tl.constexpr,
 ):  # fmt: skip
     """Take the keys of two KeyRanges into ``state``, BLOCK_N at a time.
 
     WINDOWED: the tile's rows lie in several blocks ``row_block`` (BLOCK_M,), each of which has windows of its own
-    within the ranges.
+    within the ranges. rows: the tokens (BLOCK_M,) that each see no later one of the keys; or None.
     """
     rows_of = source.tokens if KIND == "token" else source.slots
     offs_n, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, tile.q.shape[1])
@@ -84,6 +85,9 @@ def _walk(
         if WINDOWED:
             visible = in_windows(row_block[:, None], start + offs_n[None, :], KIND, V)
             scores = tl.where(visible, scores, float("-inf"))
+        if rows is not None:
+            tokens = start - V.num_globals + offs_n
+            scores = tl.where(tokens[None, :] <= rows[:, None], scores, float("-inf"))
         state = STEP(state, tile, Keys(k, v), scores, start + offs_n, source, KIND, V)
     return state
 
@@ -94,7 +98,8 @@ def walk_part(
 ):  # fmt: skip
     """Take positions [start, stop), all of which a tile of global queries sees, into ``state``."""
     near = trim(start, stop, source, "token", V)
-    return _walk(state, tile, None, near, KeyRange(0, 0, False), source, "token", False, V, BLOCK_N, BRANCH, STEP)
+    none = KeyRange(0, 0, False)
+    return _walk(state, tile, None, None, near, none, source, "token", False, V, BLOCK_N, BRANCH, STEP)
 
 
 @triton.jit
@@ -106,33 +111,37 @@ def walk_keys(
     """Take all keys that BLOCK_M tokens from ``first_row`` on see into ``state``."""
     SPARSITY: tl.constexpr = V.sparsity
     WINDOWED: tl.constexpr = V.block % BLOCK_M != 0
-    row_block = (first_row + tl.arange(0, BLOCK_M)) // V.block
-    first, last = first_row // V.block, (tl.minimum(first_row + BLOCK_M, source.num_tokens) - 1) // V.block
+    rows = first_row + tl.arange(0, BLOCK_M)
+    row_block, last_row = rows // V.block, tl.minimum(first_row + BLOCK_M, source.num_tokens) - 1
     none = KeyRange(0, 0, False)
     # 1. Which slots and tokens. For float32 not before its globals, whose products would then spill registers.
     IS_FLOAT32: tl.constexpr = tile.q.dtype == tl.float32
     left, right, local = none, none, none
     if not IS_FLOAT32:
-        left, right, local = _keys_seen(first, last, source, V)
+        left, right, local = _keys_seen(first_row, last_row, source, V)
     # 2. The globals.
     if V.num_globals > 0:
         BLOCK_GLOBAL_KEYS: tl.constexpr = BLOCK_G if BLOCK_G < BLOCK_N else BLOCK_N
         near = global_keys(V)
-        state = _walk(state, tile, None, near, none, source, "token", False, V, BLOCK_GLOBAL_KEYS, BRANCH, STEP)
+        state = _walk(state, tile, None, None, near, none, source, "token", False, V, BLOCK_GLOBAL_KEYS, BRANCH, STEP)
     if IS_FLOAT32:
-        left, right, local = _keys_seen(first, last, source, V)
+        left, right, local = _keys_seen(first_row, last_row, source, V)
     # 3. The slots.
     if SPARSITY != "none":
-        state = _walk(state, tile, row_block, left, right, source, SPARSITY, WINDOWED, V, BLOCK_N, BRANCH, STEP)
-    # 4. The local windows.
-    return _walk(state, tile, row_block, local, none, source, "token", WINDOWED, V, BLOCK_N, BRANCH, STEP)
+        state = _walk(state, tile, row_block, None, left, right, source, SPARSITY, WINDOWED, V, BLOCK_N, BRANCH, STEP)
+    # 4. The local windows; of a causal pattern what comes before the tile's tokens, then these.
+    state = _walk(state, tile, row_block, None, local, none, source, "token", WINDOWED, V, BLOCK_N, BRANCH, STEP)
+    if V.causal:
+        own = own_tokens(first_row, last_row, source, V)
+        state = _walk(state, tile, row_block, rows, own, none, source, "token", WINDOWED, V, BLOCK_N, BRANCH, STEP)
+    return state
 
 
 @triton.jit
-def _keys_seen(first, last, source, V: tl.constexpr):
-    """The KeyRanges that query blocks [first, last] see: slots left and right of their local windows, and these."""
+def _keys_seen(first_row, last_row, source, V: tl.constexpr):
+    """The KeyRanges that tokens [first_row, last_row] see: slots left and right of their local windows, and these."""
     SPARSITY: tl.constexpr = V.sparsity
     left, right = KeyRange(0, 0, False), KeyRange(0, 0, False)
     if SPARSITY != "none":
-        left, right = slots_seen(first, last, source, V)
-    return left, right, tokens_seen(first, last, source, V)
+        left, right = slots_seen(first_row // V.block, last_row // V.block, source, V)
+    return left, right, tokens_seen(first_row, last_row, source, V)

@@ -141,6 +141,15 @@ def global_keys(V: tl.constexpr):
 
 
 @triton.jit
+def positions_of_globals(num_tokens, V: tl.constexpr):
+    """How many positions, from the first on, the global queries see."""
+    if V.causal:
+        return V.num_globals
+    else:
+        return V.num_globals + num_tokens
+
+
+@triton.jit
 def slots_seen(first, last, source, V: tl.constexpr):
     """The KeyRanges of slots that query blocks [first, last] see left and right of their local windows.
 
@@ -148,51 +157,88 @@ def slots_seen(first, last, source, V: tl.constexpr):
     """
     KIND: tl.constexpr = V.sparsity
     left_stop = tl.maximum((last - 1) * V.step, 0)
-    right_start = tl.maximum((first + 2) * V.step, left_stop)
-    right_stop = tl.minimum((last + 2) * V.step + V.reach, source.num_slots)
     left = trim(tl.maximum((first - 1) * V.step - V.reach, 0), left_stop, source, KIND, V)
-    return left, trim(right_start, right_stop, source, KIND, V)
+    if V.causal:
+        return left, KeyRange(0, 0, False)
+    else:
+        right_start = tl.maximum((first + 2) * V.step, left_stop)
+        right_stop = tl.minimum((last + 2) * V.step + V.reach, source.num_slots)
+        return left, trim(right_start, right_stop, source, KIND, V)
 
 
 @triton.jit
-def tokens_seen(first, last, source, V: tl.constexpr):
-    """The KeyRange of positions that query blocks [first, last] see in their local windows."""
-    G: tl.constexpr = V.num_globals
-    start, stop = tl.maximum(first - 1, 0) * V.block, tl.minimum((last + 2) * V.block, source.num_tokens)
-    return trim(G + start, G + stop, source, "token", V)
+def tokens_seen(first_row, last_row, source, V: tl.constexpr):
+    """The KeyRange of positions that tokens [first_row, last_row] see in their local windows.
 
-
-@triton.jit
-def tokens_that_see_tokens(first_key, last_key, num_tokens, V: tl.constexpr):
-    """The Range of tokens whose local windows have some of tokens [first_key, last_key].
-
-    It starts at a multiple of four, as dropout wants it: where that is not a block's start, tiles look at windows.
+    Of a causal pattern only what comes before them; then there is :func:`own_tokens` too.
     """
-    start = tl.maximum(first_key // V.block - 1, 0) * V.block
-    return Range(start // 4 * 4, tl.minimum((last_key // V.block + 2) * V.block, num_tokens))
+    G: tl.constexpr = V.num_globals
+    start = tl.maximum(first_row // V.block - 1, 0) * V.block
+    if V.causal:
+        return trim(G + start, G + first_row, source, "token", V)
+    else:
+        stop = tl.minimum((last_row // V.block + 2) * V.block, source.num_tokens)
+        return trim(G + start, G + stop, source, "token", V)
+
+
+@triton.jit
+def own_tokens(first_row, last_row, source, V: tl.constexpr):
+    """The KeyRange of tokens [first_row, last_row] themselves, of which each sees those up to it."""
+    return trim(V.num_globals + first_row, V.num_globals + last_row + 1, source, "token", V)
+
+
+@triton.jit
+def tokens_that_see_tokens(first_key, last_key, num_tokens, V: tl.constexpr, TILE: tl.constexpr):
+    """The Ranges of tokens whose local windows have some of tokens [first_key, last_key].
+
+    They start at a multiple of four, as dropout wants it: where that is not a block's start, tiles look at windows.
+    Of a causal pattern the second has the tiles of TILE tokens in which these tokens lie themselves; the first has what
+    comes after. Otherwise the second is empty.
+    """
+    stop = tl.minimum((last_key // V.block + 2) * V.block, num_tokens)
+    if V.causal:
+        own_stop = tl.minimum(tl.cdiv(last_key + 1, TILE) * TILE, stop)
+        return Range(own_stop, stop), Range(first_key // TILE * TILE, own_stop)
+    else:
+        start = tl.maximum(first_key // V.block - 1, 0) * V.block
+        return Range(start // 4 * 4, stop), Range(0, 0)
 
 
 @triton.jit
 def tokens_that_see_slots(first_slot, last_slot, num_tokens, V: tl.constexpr):
-    """The Ranges of tokens left and right of slots [first_slot, last_slot] whose windows have some of them."""
+    """The Ranges of tokens left and right of slots [first_slot, last_slot] whose windows have some of them.
+
+    Of a causal pattern, those to the right, and none.
+    """
     first, last = first_slot // V.step, last_slot // V.step  # the slots' own blocks
-    start = tl.maximum((first_slot - V.reach) // V.step - 1, 0) * V.block
-    stop = tl.minimum(tl.cdiv(tl.maximum(last - 1, 0) * V.block, 4) * 4, num_tokens)
-    right = tl.maximum((first + 2) * V.block // 4 * 4, stop)  # the slots of many blocks have no gap between
+    right_start = (first + 2) * V.block // 4 * 4
     # in blocks first: a reach that is no limit would be 2^31 tokens and more
     right_stop = tl.minimum((last_slot + V.reach) // V.step + 2, tl.cdiv(num_tokens, V.block))
-    return Range(start // 4 * 4, stop), Range(right, tl.minimum(right_stop * V.block, num_tokens))
+    right_stop = tl.minimum(right_stop * V.block, num_tokens)
+    if V.causal:
+        return Range(right_start, right_stop), Range(0, 0)
+    else:
+        start = tl.maximum((first_slot - V.reach) // V.step - 1, 0) * V.block
+        stop = tl.minimum(tl.cdiv(tl.maximum(last - 1, 0) * V.block, 4) * 4, num_tokens)
+        right_start = tl.maximum(right_start, stop)  # the slots of many blocks have no gap between
+        return Range(start // 4 * 4, stop), Range(right_start, right_stop)
 
 
 @triton.jit
 def in_windows(row_block, offs_n, KIND: tl.constexpr, V: tl.constexpr):
-    """Which keys are in the windows of the block of each row; row_block and offs_n broadcast to a tile."""
+    """Which keys are in the windows of the block of each row, apart from what is later in a causal pattern's blocks.
+
+    row_block and offs_n broadcast to a tile.
+    """
     if KIND == "token":
         return tl.abs(row_block - (offs_n - V.num_globals) // V.block) <= 1
     else:
         left = (row_block - 1) * V.step - offs_n  # above 0: left of the local window
-        right = offs_n - (row_block + 2) * V.step  # 0 or more: right of it
-        return ((left > 0) & (left <= V.reach)) | ((right >= 0) & (right < V.reach))
+        if V.causal:
+            return (left > 0) & (left <= V.reach)
+        else:
+            right = offs_n - (row_block + 2) * V.step  # 0 or more: right of it
+            return ((left > 0) & (left <= V.reach)) | ((right >= 0) & (right < V.reach))
 
 
 @triton.jit

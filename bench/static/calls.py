@@ -29,6 +29,14 @@ class PlannedCall:
     has_backward: bool = True
     block_size: int = 128
     num_globals: int = 1
+    causal: bool = False
+    group: int = 1
+
+    @property
+    def name(self) -> str:
+        """The sparsity type, and what sets the call apart from most: "norm causal"."""
+        shared = [f"{self.group} heads share keys"] if self.group > 1 else []
+        return " ".join([self.sparsity_type, *(["causal"] if self.causal else []), *shared])
 
     @property
     def is_supported(self) -> bool:
@@ -38,11 +46,10 @@ class PlannedCall:
 
     def launches(self) -> list[tuple[str, Launch]]:
         """The launches, each with its pass: "forward" or "backward"."""
-        pattern = LSGPattern(
-            self.block_size, self.block_size, sparsity_type=self.sparsity_type, num_global_tokens=self.num_globals
-        )
+        sizes = (self.block_size, self.block_size)
+        pattern = LSGPattern(*sizes, 2, self.sparsity_type, self.num_globals, causal=self.causal)
         shape = (2, 16, self.num_globals + 4096, self.head_dim)
-        call = meta_call(pattern, shape, self.dtype, self.has_mask, self.has_dropout)
+        call = meta_call(pattern, shape, self.dtype, self.has_mask, self.has_dropout, self.group)
         forward, backward = meta_passes(call, self.target)
         launches = [("forward", launch) for launch in forward.launches]
         if self.has_backward:
@@ -52,7 +59,10 @@ class PlannedCall:
 
 @dataclass(frozen=True)
 class Label:
-    """A kernel and the calls it serves. Where calls that share it differ, a field lists their values: "norm/lsh"."""
+    """A kernel and the calls it serves. Where calls that share it differ, a field lists their values: "norm/lsh".
+
+    ``types``: the calls' names.
+    """
 
     kernel: str
     types: str
@@ -74,7 +84,7 @@ def _label(call: PlannedCall, name: str, launch: Launch) -> Label:
     """The label of a kernel that serves one pass, ``name``, of one call."""
     return Label(
         kernel=launch.kernel.__name__,
-        types=call.sparsity_type,
+        types=call.name,
         passes=name,
         dtype=str(call.dtype).removeprefix("torch."),
         head_dim=str(call.head_dim),
@@ -123,8 +133,8 @@ def planned_calls(subset: str, targets: Sequence[str]) -> Iterator[PlannedCall]:
 
     "quick": bfloat16, head_dim 64, a mask; "ci": all dtypes, and for bfloat16 also dropout; "all": every combination
     with head_dim 64 and 128, with and without a mask and dropout, for the default pattern. "all" also has some calls
-    with blocks smaller than a tile, many globals, and head_dim 256. Only some have a backward: see
-    :func:`_has_backward`.
+    with blocks smaller than a tile, many globals, and head_dim 256, some that are causal, and some whose heads share
+    keys. Only some have a backward: see :func:`_has_backward`.
     """
     return (call for call in _every_call(subset, targets) if call.is_supported)
 
@@ -146,6 +156,8 @@ def _every_call(subset: str, targets: Sequence[str]) -> Iterator[PlannedCall]:
         for sparsity_type, dtype, has_dropout, target in others:
             for head_dim, sizes in ((64, {"block_size": 32}), (128, {"num_globals": 200}), (256, {})):
                 yield PlannedCall(sparsity_type, dtype, head_dim, True, has_dropout, target, not has_dropout, **sizes)
+        for head_dim, target, (causal, group) in itertools.product((64, 128), targets, ((True, 1), (False, 4))):
+            yield PlannedCall("norm", torch.bfloat16, head_dim, True, False, target, causal=causal, group=group)
 
 
 def _has_backward(subset: str, dtype: torch.dtype, head_dim: int, has_mask: bool, has_dropout: bool) -> bool:

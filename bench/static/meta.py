@@ -17,12 +17,17 @@ from lsg_attn.fused.results import allocate, restore, to_save
 
 
 def meta_call(
-    pattern: LSGPattern, shape: tuple[int, int, int, int], dtype: torch.dtype, has_mask: bool, has_dropout: bool
-) -> Call:
-    """A call on queries of ``shape`` (batch, heads, G+T, head_dim), laid out as a projection returns them."""
+    pattern: LSGPattern, shape: tuple[int, int, int, int], dtype: torch.dtype, has_mask: bool, has_dropout: bool,
+    group: int = 1,
+) -> Call:  # fmt: skip
+    """A call on queries of ``shape`` (batch, heads, G+T, head_dim), laid out as a projection returns them.
+
+    ``group``: heads of queries that share a head of keys.
+    """
     batch, heads, length, head_dim = shape
     query, key, value = (
-        torch.empty(batch, length, heads, head_dim, dtype=dtype, device="meta").transpose(1, 2) for _ in range(3)
+        torch.empty(batch, length, count, head_dim, dtype=dtype, device="meta").transpose(1, 2)
+        for count in (heads, heads // group, heads // group)
     )
     tokens = length - pattern.num_global_tokens
     mask = torch.empty(batch, tokens, dtype=torch.bool, device="meta") if has_mask else None

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from bench.static.binary import GPUS, num_blocks
 from bench.static.calls import Label
 from bench.static.figures import Figures
+from lsg_attn import SPARSITY_TYPES
 
 MAX_SPILL_BYTES = 64  # that a kernel may spill per thread; one that most calls take may spill none
 _MATMULS = ("_lsg_lsh_kernel", "_lsg_fwd_kernel", "_lsg_bwd_slots_kernel", "_lsg_bwd_dq_dkv_kernel")
@@ -67,6 +68,7 @@ def faults(row: Row) -> list[str]:
 def _is_main(label: Label) -> bool:
     """Whether most calls take the kernel on the GPUs that most have."""
     is_default = (label.dtype, label.block_size, label.num_globals, label.dropout) == ("bfloat16", "128", "1", "no")
+    is_default = is_default and any(name in SPARSITY_TYPES for name in label.types.split("/"))
     return is_default and label.head_dim in ("64", "128") and label.target in ("sm_80", "sm_90")
 
 

@@ -16,7 +16,7 @@ from .compress import plan_compression
 from .launch import COMBINED, Launch, attention_arguments, block_d, key_arguments, run_on, split_globals
 from .results import Results, Saved, restore
 from .schedules import COMBINE, SUMS, WEIGHTS, Schedule, backward_schedule, hides_by_branch, target_of
-from .variant import variant_of
+from .variant import variant_of, without_scores
 
 # ``sums`` has its rows in multiples of so many, see kernels/heads.py.
 _PADDED = SUMS_PADDED.value
@@ -126,7 +126,7 @@ def _plan_weights(call: Call, results: Results, attention: dict[str, Any]) -> La
         "weight_ptr": results.weight,
         "dscore_ptr": _scratch(call, batch, heads, call.num_tokens),
         "bos_part_ptr": _scratch(call, batch * heads, tiles, head_dim),
-        "V": attention["V"]._replace(has_dropout=False),  # which would make another kernel of it
+        "V": without_scores(attention["V"]),
         "BLOCK_M": _WEIGHED,
     }
     return Launch(_lsg_bwd_weights_kernel, batch * heads * tiles, arguments, WEIGHTS)
@@ -138,9 +138,9 @@ def _plan_gradients(
 ) -> list[Launch]:  # fmt: skip
     """The launch of dq, dk and dv, and the combine of what that, and the launch of weights, leave in parts."""
     bos_part = None if weights is None else weights.arguments["bos_part_ptr"]
-    batch, heads, _, head_dim = call.query.shape
+    batch, heads, length, head_dim = call.query.shape
     num_globals, variant = call.pattern.num_global_tokens, attention["V"]
-    split, tiles = split_globals(call, schedule.block_m), cdiv(call.num_tokens, schedule.block_m)
+    split, tiles = split_globals(call, schedule.block_m, length), cdiv(call.num_tokens, schedule.block_m)
     part = _scratch(call, 3, batch * heads, split.num_parts, num_globals, head_dim)
     outputs = {
         "dq_ptr": gradients.query,
@@ -172,11 +172,13 @@ def _plan_gradients(
         "bos_part_ptr": bos_part,
         "num_tiles": 0 if bos_part is None else bos_part.shape[1],
         "NUM_GLOBALS": num_globals,
+        "GROUP": variant.group,
         "HEAD_DIM": head_dim,
         "BLOCK_N": COMBINED,
         "BLOCK_D": attention["BLOCK_D"],
     }
+    programs = batch * ((heads + call.key.shape[1]) * tiles + 2 * heads * split.programs)
     return [
-        Launch(_lsg_bwd_dq_dkv_kernel, batch * heads * 2 * (split.programs + tiles), dq_dkv, schedule.tuning),
+        Launch(_lsg_bwd_dq_dkv_kernel, programs, dq_dkv, schedule.tuning),
         Launch(_lsg_bwd_combine_kernel, batch * heads * (num_globals + (bos_part is not None)), combine, COMBINE),
     ]

@@ -16,7 +16,7 @@ from ..pattern import LSGPattern
 from .launch import Launch, block_d, key_arguments, scale_log2
 from .results import Results
 from .schedules import NORM, POOL, lsh_tuning
-from .variant import variant_of
+from .variant import variant_of, without_scores
 
 # Tokens that are ranked, and groups that are pooled at a time.
 _RANKED, _POOLED = 128, 32
@@ -91,8 +91,8 @@ def _plan_hashing(call: Call, results: Results, target: str, directions: tuple[T
 
 def _arguments(call: Call, results: Results) -> dict[str, Any]:
     """What every compression kernel is given."""
-    # The kernels of a compression do not depend on dropout, nor on how the attention kernel finds its keys.
-    variant = variant_of(call)._replace(sparsity=call.rule.name, has_dropout=False)
+    # The kernels of a compression do not depend on how the attention kernel finds its keys.
+    variant = without_scores(variant_of(call))._replace(sparsity=call.rule.name)
     return {**key_arguments(call), "V": variant, "index_ptr": results.slot_index}
 
 

@@ -45,7 +45,7 @@ def _plan_attention(
     query, pattern = call.query, call.pattern
     batch, heads, length, head_dim = query.shape
     num_globals = pattern.num_global_tokens
-    split = split_globals(call, schedule.block_m)
+    split = split_globals(call, schedule.block_m, num_globals if pattern.causal else length)
     part = query.new_empty(batch * heads, split.num_parts, num_globals, head_dim, dtype=torch.float32)
     shared = attention_arguments(call, results, variant)
     outputs = {

@@ -111,10 +111,10 @@ class Globals:
         return self.tiles * self.num_parts
 
 
-def split_globals(call: Call, block_m: int) -> Globals:
-    """The split where tiles of tokens have ``block_m`` rows."""
+def split_globals(call: Call, block_m: int, positions: int) -> Globals:
+    """The split of the first ``positions`` of the sequence, where tiles of tokens have ``block_m`` rows."""
     num_globals = call.pattern.num_global_tokens
     block = int(min(block_m, max(16, next_power_of_2(num_globals))))
     tiles = cdiv(num_globals, block)
     part_size = _PART * max(tiles, 1)
-    return Globals(block, tiles, part_size, cdiv(call.query.shape[2], part_size) if num_globals else 0)
+    return Globals(block, tiles, part_size, cdiv(positions, part_size) if num_globals else 0)

@@ -55,14 +55,8 @@ def unsupported_reasons(call: Call) -> list[str]:
     if pattern.rule.is_hashed and pattern.chunk > _MAX_HASHED:
         chunk = f"min(block_size, sparse_block_size) = {pattern.chunk}"
         reasons.append(f"lsh hashes chunks of {chunk} tokens, the kernels up to {_MAX_HASHED}")
-    if pattern.causal:
-        reasons.append("the pattern is causal, the kernels take none so far")
-    if call.key.shape[1] != query.shape[1]:
-        reasons.append(f"the keys have {call.key.shape[1]} heads, the kernels need those of the query so far")
     if call.cu_seqlens is not None:
         reasons.append("the sequences are packed, the kernels take none so far")
-    if call.first_head and pattern.rule.varies_by_head:
-        reasons.append(f"first_head is {call.first_head}, the kernels take only 0 so far")
     if call.scale <= 0:
         reasons.append(f"scale is {call.scale}, the kernels take one above 0")
     if has_tangent(call):

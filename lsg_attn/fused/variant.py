@@ -18,6 +18,9 @@ class Variant(NamedTuple):
         head_dim: elements of a row; tiles are padded to a power of two.
         has_mask, mask_first: whether there is a mask, and the position of its first column, 0 or G.
         has_dropout: whether probabilities are dropped.
+        causal: whether a token sees no later token.
+        group: how many heads of queries read one of keys.
+        first_head: what the first head counts as, modulo f, where heads choose other tokens; else 0.
         is_wide: whether an offset within a head of a tensor may pass 2^31.
     """
 
@@ -32,6 +35,9 @@ class Variant(NamedTuple):
     has_mask: bool
     mask_first: int
     has_dropout: bool
+    causal: bool
+    group: int
+    first_head: int
     is_wide: bool
 
 
@@ -57,8 +63,16 @@ def variant_of(call: Call, *others: Tensor) -> Variant:
         has_mask=mask is not None,
         mask_first=call.query.shape[2] - mask.shape[1] if mask is not None else 0,
         has_dropout=call.dropout_p > 0,
+        causal=pattern.causal,
+        group=call.query.shape[1] // call.key.shape[1],
+        first_head=call.first_head % pattern.sparsity_factor if call.rule.varies_by_head else 0,
         is_wide=_is_wide(call, others),
     )
+
+
+def without_scores(variant: Variant) -> Variant:
+    """The variant of a kernel that looks at keys but has no scores: which of them are seen does not matter to it."""
+    return variant._replace(has_dropout=False, causal=False)
 
 
 def _is_wide(call: Call, others: tuple[Tensor, ...]) -> bool:

@@ -46,6 +46,11 @@ def padded_inputs(pattern, tokens, head_dim, dtype, padding, heads=2):
     return make_inputs(1, heads, first + tokens, head_dim, dtype, padding, garbage=1e3, num_kept=first + 1)
 
 
+def grouped(inputs, group):
+    """The inputs with fewer heads of keys: one for each ``group`` of heads of queries."""
+    return inputs._replace(key=inputs.key[:, ::group], value=inputs.value[:, ::group])
+
+
 def unusual_inputs(pattern):
     """Inputs for one of ``UNUSUAL_PATTERNS``."""
     padding = "left" if pattern.num_global_tokens % 2 else "random"
@@ -94,7 +99,9 @@ def run_forward(call):
     return results
 
 
-def call_of(inputs, pattern, attention_mask="inputs", dropout_p=0.0, seed=0, scale=None, directions=None):
+def call_of(
+    inputs, pattern, attention_mask="inputs", dropout_p=0.0, seed=0, scale=None, directions=None, first_head=0
+):  # fmt: skip
     """The call on a GPU; ``attention_mask``: the inputs' own by default, or another, or None."""
     query, key, value, _, mask = (x.to(DEVICE) for x in inputs)
     mask = mask if isinstance(attention_mask, str) else attention_mask
@@ -103,7 +110,7 @@ def call_of(inputs, pattern, attention_mask="inputs", dropout_p=0.0, seed=0, sca
     scale = head_dim**-0.5 if scale is None else scale
     directions = tuple(x.to(DEVICE) for x in directions)
     seed = torch.tensor(seed) if dropout_p else None
-    return Call(query, key, value, mask, seed, directions, dropout_p, scale, pattern)
+    return Call(query, key, value, mask, seed, directions, dropout_p, scale, pattern, first_head)
 
 
 def use_parts_of(positions, monkeypatch):

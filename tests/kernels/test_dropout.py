@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from running import attend, dense_scores, forward, use_tiles_of
+from comparing import with_repeated_keys
+from running import attend, dense_scores, forward, grouped, use_tiles_of
 
 from lsg_attn import LSGPattern
 from lsg_attn.compression import lsh_directions
@@ -42,7 +43,7 @@ def with_dropout(inputs, pattern, p):
     """Out, dquery, dkey, dvalue of dense LSG attention in float64 that drops what the kernels should drop."""
     _, heads, _, head_dim = inputs.query.shape
     leaves = [x.double().requires_grad_() for x in inputs[:3]]
-    exact = Inputs(*leaves, *inputs[3:])
+    exact = with_repeated_keys(Inputs(*leaves, *inputs[3:]))
     scores, value = dense_scores(exact, pattern, lsh_directions(pattern, heads, head_dim), head_dim**-0.5)
     probs = scores.softmax(-1) * kept(pattern, scores.shape[:3], scores.shape[3], p) / (1 - p)
     out = probs @ value
@@ -68,6 +69,14 @@ def test_tiles_do_not_decide_what_is_dropped(tile, monkeypatch):
     use_tiles_of(*tile, monkeypatch)
     pattern = LSGPattern(32, 32, 2, "pooling", 3)  # with 16 slots a block, as many as the smallest tiles
     check(make_inputs(1, 2, 3 + 170, 16, padding="right"), pattern, 0.5)
+
+
+@pytest.mark.parametrize(("sparsity_type", "tile"), [("norm", (32, 64)), ("bos_pooling", (64, 32)), ("lsh", (128, 64))])
+def test_of_causal_patterns_and_shared_keys(sparsity_type, tile, monkeypatch):
+    """Tiles are smaller than a block, also of keys than of queries, and larger."""
+    use_tiles_of(*tile, monkeypatch)
+    pattern = LSGPattern(64, 32, 4, sparsity_type, 3, causal=True)
+    check(grouped(make_inputs(1, 2, 3 + 200, 16, padding="random", num_kept=4), 2), pattern, 0.3)
 
 
 def test_mean_and_variance_of_dropout():

@@ -3,14 +3,13 @@
 import pytest
 import recordings
 import torch
+from comparing import GRADIENTS, assert_equals_reference, assert_forward_equals, assert_same_bits, check
 from running import (
     DEVICE,
     DTYPES,
     UNUSUAL_PATTERNS,
-    Attended,
     attend,
     call_of,
-    dense_scores,
     forward,
     name_of,
     padded_inputs,
@@ -22,11 +21,9 @@ from strategies import AWKWARD_SHAPES
 from torch.utils.checkpoint import checkpoint
 
 from lsg_attn import SPARSITY_TYPES, LSGAttention, LSGPattern, lsg_attention
-from lsg_attn.compression import lsh_directions
 from lsg_attn.fused import variant
 from lsg_attn.testing import TOLERANCES, Inputs, assert_close, make_inputs, run_reference
 
-GRADIENTS = ("dquery", "dkey", "dvalue")
 LONG_SHAPES = [  # (tokens, head_dim, num_global_tokens, padding) for blocks of B = 32: T = 2B+1, 7B-3, 9B
     (65, 40, 130, "middle"),
     (7 * 32 - 3, 128, 1, "left"),
@@ -43,54 +40,6 @@ CASES = dict.fromkeys(
     for j, shape in enumerate(shapes)
     if shape[0] > 1
 )
-
-
-def check(inputs, pattern, scale=None):
-    """Run the kernels and compare."""
-    assert_equals_reference(attend(inputs, pattern, scale=scale), inputs, pattern, scale)
-
-
-def assert_equals_reference(got, inputs, pattern, scale=None):
-    """Compare out and lse where the query is a token, and the gradients everywhere.
-
-    The gradients of the globals are sums over all positions. They are compared separately, so that their size does
-    not hide errors in the gradients of the tokens.
-    """
-    expected = run_reference(inputs, pattern, scale=scale)
-    assert_forward_equals(got, expected["out"], inputs, pattern, scale)
-    first = pattern.num_global_tokens
-    for name in GRADIENTS:
-        for positions, part in (("tokens", slice(first, None)), ("globals", slice(0, first))):
-            assert_close(f"{name} of {positions}", getattr(got, name)[:, :, part].cpu(), expected[name][:, :, part])
-
-
-def assert_forward_equals(got, expected_out, inputs, pattern, scale=None):
-    """Compare out and lse where the query is a token. Out is finite everywhere."""
-    out, lse = got.out.cpu(), got.lse.cpu()
-    rows = inputs.attention_mask[:, None, :, None]
-    assert out.isfinite().all()
-    assert_close("out", out * rows, expected_out * rows)
-    expected_lse = reference_lse(inputs, pattern, scale)
-    sees_nothing = expected_lse == torch.inf
-    assert torch.equal(lse == torch.inf, sees_nothing)
-    assert lse[~sees_nothing].isfinite().all()
-    seen = rows[..., 0] & ~sees_nothing
-    assert_close("lse", lse.where(seen, 0.0), expected_lse.where(seen, 0.0), TOLERANCES[out.dtype])
-
-
-def reference_lse(inputs, pattern, scale=None):
-    """The log-sum-exp of each query's scores, +inf where it sees nothing."""
-    heads, head_dim = inputs.query.shape[1], inputs.query.shape[3]
-    scale = head_dim**-0.5 if scale is None else scale
-    scores, _ = dense_scores(inputs, pattern, lsh_directions(pattern, heads, head_dim), scale)
-    lse = scores.logsumexp(-1)
-    return lse.masked_fill(lse == -torch.inf, torch.inf)
-
-
-def assert_same_bits(got, expected):
-    """Compare two :class:`Attended`."""
-    for name, x, y in zip(Attended._fields, got, expected, strict=True):
-        assert torch.equal(x, y), name
 
 
 @pytest.mark.parametrize(("sparsity_type", "dtype", "tokens", "head_dim", "num_globals", "padding"), CASES)
@@ -116,10 +65,11 @@ def test_single_token(sparsity_type, dtype):
 
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 def test_gradients_of_the_log_sum_exp(sparsity_type):
-    """Beside those of out; lse's gradient is a slice, whose rows do not follow each other."""
+    """Beside those of out; lse's gradient is a slice, whose rows do not follow each other, and 0 for padding."""
     pattern = LSGPattern(32, 32, 4, sparsity_type, 2)
     inputs = padded_inputs(pattern, 150, 24, torch.float32, "ends")
-    dlse = torch.randn(*inputs.query.shape[:3], 2, generator=torch.Generator().manual_seed(0))[..., 0]
+    dlse = torch.randn(*inputs.query.shape[:3], 2, generator=torch.Generator().manual_seed(0))
+    dlse = (dlse * inputs.attention_mask[:, None, :, None])[..., 0]
     got = attend(inputs, pattern, dlse=dlse)
     *leaves, dout, mask = to_double(inputs)
     leaves = [x.requires_grad_() for x in leaves]
