@@ -54,7 +54,7 @@ class Problem(NamedTuple):
         """The schedule that the library uses."""
         head_dim, has_dropout = self.shape[3], self.dropout_p > 0
         if self.is_backward:
-            return backward_schedule(target, self.dtype, head_dim, has_dropout)
+            return backward_schedule(target, self.dtype, head_dim, has_dropout, self.pattern.causal)
         return forward_schedule(target, self.dtype, head_dim, self.pattern.block_size, has_dropout)
 
     def schedules(self, target: str) -> list[Schedule]:

@@ -154,8 +154,9 @@ def _every_call(subset: str, targets: Sequence[str]) -> Iterator[PlannedCall]:
     if subset == "all":
         others = itertools.product(("norm", "lsh"), (torch.bfloat16, torch.float32), (False, True), targets)
         for sparsity_type, dtype, has_dropout, target in others:
-            for head_dim, sizes in ((64, {"block_size": 32}), (128, {"num_globals": 200}), (256, {})):
-                yield PlannedCall(sparsity_type, dtype, head_dim, True, has_dropout, target, not has_dropout, **sizes)
+            for head_dim, block_size, num_globals in ((64, 32, 1), (128, 128, 200), (256, 128, 1)):
+                common = (sparsity_type, dtype, head_dim, True, has_dropout, target, not has_dropout)
+                yield PlannedCall(*common, block_size, num_globals)
         for head_dim, target, (causal, group) in itertools.product((64, 128), targets, ((True, 1), (False, 4))):
             yield PlannedCall("norm", torch.bfloat16, head_dim, True, False, target, causal=causal, group=group)
 

@@ -60,7 +60,7 @@ def plan_backward(
     query, variant = call.query, variant_of(call, dout)
     batch, heads, _, head_dim = query.shape
     if schedule is None:
-        schedule = backward_schedule(target, query.dtype, head_dim, variant.has_dropout)
+        schedule = backward_schedule(target, query.dtype, head_dim, variant.has_dropout, variant.causal)
     padded = sum(cdiv(rows, _PADDED) for rows in (call.pattern.num_global_tokens, call.num_tokens)) + 1
     sums = _scratch(call, batch, heads, padded * _PADDED, 2)
     dslot = _scratch(call, 2, batch, heads, call.num_slots, head_dim)

@@ -116,6 +116,9 @@ _BACKWARD_AMPERE = _BACKWARD_HOPPER | {
 _BACKWARD_SMALL_BLACKWELL = _BACKWARD_AMPERE | {
     (128, True): Schedule(32, 32, Tuning(4, 2)),  # 64 rows spill 68 bytes
 }
+_CAUSAL_BACKWARD_SMALL_BLACKWELL = {
+    (128, False): Schedule(32, 32, Tuning(4, 2)),  # 64 of the other side spill 148 bytes
+}
 _BACKWARD_AMD = {
     (64, False): Schedule(64, 16, Tuning(4, 2)),  # 32 of the other side: one block instead of three
     (64, True): Schedule(64, 16, Tuning(4, 2)),
@@ -151,11 +154,15 @@ _BACKWARD_FLOAT32_RDNA = {
 }
 
 
+_SAME: dict[tuple[int, bool], Schedule] = {}
+
+
 class _Kind(NamedTuple):
-    """The rows of one kind of GPU and dtype."""
+    """The rows of one kind of GPU and dtype, and those that the backward of a causal pattern has in place of others."""
 
     forward: dict[tuple[int, bool], Schedule]
     backward: dict[tuple[int, bool], Schedule]
+    causal_backward: dict[tuple[int, bool], Schedule] = _SAME
 
 
 def target_of(device: torch.device) -> str:
@@ -197,10 +204,12 @@ def forward_schedule(target: str, dtype: torch.dtype, head_dim: int, block_size:
     return schedule
 
 
-def backward_schedule(target: str, dtype: torch.dtype, head_dim: int, has_dropout: bool) -> Schedule:
+def backward_schedule(
+    target: str, dtype: torch.dtype, head_dim: int, has_dropout: bool, causal: bool = False
+) -> Schedule:  # fmt: skip
     """The tile sizes of the backward: ``block_m`` queries or keys with gradients, ``block_n`` of the other side."""
-    rows = _kind_of(target, dtype == torch.float32).backward
-    return rows[row_key(head_dim, has_dropout)]
+    kind, key = _kind_of(target, dtype == torch.float32), row_key(head_dim, has_dropout)
+    return kind.causal_backward.get(key, kind.backward[key]) if causal else kind.backward[key]
 
 
 def hides_by_branch(target: str, dtype: torch.dtype) -> bool:
@@ -233,5 +242,5 @@ def _kind_of(target: str, is_float32: bool) -> _Kind:
     if 100 <= capability < 120:
         return _Kind(_BLACKWELL, _BACKWARD_BLACKWELL)
     if capability >= 120:
-        return _Kind(_SMALL_BLACKWELL, _BACKWARD_SMALL_BLACKWELL)
+        return _Kind(_SMALL_BLACKWELL, _BACKWARD_SMALL_BLACKWELL, _CAUSAL_BACKWARD_SMALL_BLACKWELL)
     return _Kind(_SMALL, _BACKWARD_AMPERE)  # fits what is not known here, too
