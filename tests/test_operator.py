@@ -43,7 +43,6 @@ def arguments(pattern, dropout_p=0.0, scale=0.3):
         ({"head_dim": 257}, "head_dim is 257, the kernels take up to 256"),
         ({"pattern": LSGPattern(num_global_tokens=513)}, "num_global_tokens is 513, the kernels take up to 512"),
         ({"pattern": LSGPattern(256, 256, 2, "lsh")}, "= 256 tokens, the kernels up to 128"),
-        ({"pattern": LSGPattern(causal=True)}, "the pattern is causal, the kernels take none so far"),
         ({"scale": 0.0}, "scale is 0.0, the kernels take one above 0"),
         ({"capability": (7, 5)}, "compute capability is 7.5, the kernels need 8.0"),
         ({"has_triton": False}, "triton is not installed"),
