@@ -130,7 +130,7 @@ def _disagreement(peer: Peer, case: TimedCase, result: Result) -> str | None:
             result.failures.append({"what": str(error), "traceback": traceback.format_exc()})
         except Exception as error:
             result.verdicts[key] = _failure(peer.name, error, result)
-        _free(result)
+        _free(result, has_failed=result.verdicts[key] is not None)
     return result.verdicts[key]
 
 
@@ -179,9 +179,10 @@ def is_gpu_lost() -> bool:
     return False
 
 
-def _free(result: Result) -> None:
-    """Free the memory that an error or a check held."""
-    gc.collect()
+def _free(result: Result, has_failed: bool = True) -> None:
+    """Free the memory that an error or a check held. What an error refers to, it refers to in circles."""
+    if has_failed:
+        gc.collect()
     if torch.cuda.is_available() and not result.is_gpu_lost:
         torch.cuda.empty_cache()
 

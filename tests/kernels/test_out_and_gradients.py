@@ -116,10 +116,11 @@ def test_single_token(sparsity_type, dtype):
 
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
 def test_gradients_of_the_log_sum_exp(sparsity_type):
-    """Beside those of out; lse's gradient is a slice, whose rows do not follow each other."""
+    """Beside those of out; lse's gradient is a slice, whose rows do not follow each other, and 0 for padding."""
     pattern = LSGPattern(32, 32, 4, sparsity_type, 2)
     inputs = padded_inputs(pattern, 150, 24, torch.float32, "ends")
-    dlse = torch.randn(*inputs.query.shape[:3], 2, generator=torch.Generator().manual_seed(0))[..., 0]
+    dlse = torch.randn(*inputs.query.shape[:3], 2, generator=torch.Generator().manual_seed(0))
+    dlse = (dlse * inputs.attention_mask[:, None, :, None])[..., 0]
     got = attend(inputs, pattern, dlse=dlse)
     *leaves, dout, mask = to_double(inputs)
     leaves = [x.requires_grad_() for x in leaves]
