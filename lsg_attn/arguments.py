@@ -36,7 +36,7 @@ def checked_call(
             f"num_global_tokens: expected at most the sequence's length {length}, got {pattern.num_global_tokens}"
         )
     check_mask(attention_mask, query, pattern.num_global_tokens)
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.shape[0] != query.shape[0]:
         attention_mask = attention_mask.expand(len(query), -1)
     dropout_p = probability("dropout_p", dropout_p)
     scale = 1.0 / math.sqrt(head_dim) if scale is None else number("scale", scale)

@@ -41,8 +41,9 @@ def answer(call: Call, implementation: str, return_lse: bool) -> Tensor | tuple[
         implementation = _choose(implementation, call)
     if call.dropout_p and implementation != "reference":
         # On the CPU, so that its value reaches a launch without waiting for the device; a CUDA graph keeps it.
+        seed = torch.randint(1 << 62, (), device="cpu")
         # Processes that share the heads out may draw the same number: each adds its own.
-        call = replace(call, seed=torch.randint(1 << 62, (), device="cpu") + call.first_head)
+        call = replace(call, seed=seed + call.first_head if call.first_head else seed)
     out, lse = _attend(implementation, call)
     if not return_lse:
         return out

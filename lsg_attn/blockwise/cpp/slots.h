@@ -7,17 +7,19 @@
 
 namespace lsg {
 
-// out += row * weight.
-inline void add_scaled(const float* row, float weight, int64_t count, float* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(load<Floats>(out + i) + load<Floats>(row + i) * weight, out + i);
-  for (; i < count; ++i) out[i] += row[i] * weight;
+inline Floats load_floats(const float* x) {
+  return load<Floats>(x);
 }
 
-inline void add_scaled(const at::BFloat16* row, float weight, int64_t count, float* out) {
+inline Floats load_floats(const at::BFloat16* x) {
+  return (Floats)(widen(x) << 16);
+}
+
+// out += row * weight.
+template <typename T>
+void add_scaled(const T* row, float weight, int64_t count, float* out) {
   int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes)
-    store(load<Floats>(out + i) + (Floats)(widen(row + i) << 16) * weight, out + i);
+  for (; i + kLanes <= count; i += kLanes) store(load<Floats>(out + i) + load_floats(row + i) * weight, out + i);
   for (; i < count; ++i) out[i] += row[i] * weight;
 }
 
@@ -25,7 +27,8 @@ inline void add_scaled(const at::BFloat16* row, float weight, int64_t count, flo
 template <typename T>
 class Hash {
  public:
-  // key: (key heads, T, head_dim), each read by ``group`` heads; directions: of each round (heads, head_dim, buckets / 2) float32, contiguous.
+  // key: (key heads, T, head_dim), each read by ``group`` heads; directions: of each round (heads, head_dim,
+  // buckets / 2) float32, contiguous.
   Hash(const Tensor& key, const std::optional<Tensor>& keep, const std::vector<Tensor>& directions,
        at::IntArrayRef buckets, int64_t chunk, int64_t group)
       : key_(key), keep_(keep), directions_(directions), buckets_(buckets), chunk_(chunk), group_(group),
