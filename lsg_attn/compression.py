@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .call import Call
 from .pattern import LSGPattern
+from .tracing import is_exporting
 from .workspace import Workspace
 
 # Added to the counts that means are divided by, as in the original: an empty slot then gives 0.
@@ -157,7 +158,7 @@ def compress(pattern: LSGPattern, tokens: Tokens) -> Compression | None:
 
 def slots_of(pattern: LSGPattern, num_tokens: int) -> int:
     """The slots of T tokens: :meth:`.LSGPattern.num_slots`, or in a graph for any T, those of :func:`_blocks_of`."""
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return _blocks_of(pattern, num_tokens) * pattern.step
     return pattern.num_slots(num_tokens)
 
@@ -168,7 +169,7 @@ def _blocks_of(pattern: LSGPattern, num_tokens: int) -> int:
     A graph for a single block would not do for more. The slots of a block of padding are not kept; and where T <= 2B no
     query sees any.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return num_tokens // pattern.block_size + 2
     return pattern.num_blocks(num_tokens)
 
@@ -285,7 +286,7 @@ def _lsh(pattern: LSGPattern, tokens: Tokens) -> Compression:
     directions = directions_of(pattern, tokens)
     slot = torch.empty(tokens.shape, dtype=torch.int64, device=tokens.key.device)
     scratch = Workspace(tokens.key, tokens.dtype)
-    has_padding = [torch.compiler.is_exporting() or not keep.all() for keep in tokens.keep]
+    has_padding = [is_exporting() or not keep.all() for keep in tokens.keep]
     key_head = torch.arange(tokens.shape[1]) // tokens.group
     for part in _parts(slot):
         entry, chosen = part
@@ -333,7 +334,7 @@ def _hash(x: Tensor, direction: Tensor, scratch: Workspace) -> Tensor:
     half = direction.shape[-1]
     if half == 0:  # a single bucket
         return torch.zeros(x.shape[:-1], dtype=torch.int64, device=x.device)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         products = x @ direction.unsqueeze(1)
         magnitudes = products.abs()
     else:
@@ -378,14 +379,14 @@ def _group_of(pattern: LSGPattern, tokens: Tokens) -> Tensor:
 def _pad_to_blocks(pattern: LSGPattern, x: Tensor, value: float) -> Tensor:
     """Fill the last dimension, T tokens, up to whole blocks."""
     missing = _blocks_of(pattern, x.shape[-1]) * pattern.block_size - x.shape[-1]
-    if not torch.compiler.is_exporting() and not missing:  # a graph may be for any length
+    if not is_exporting() and not missing:  # a graph may be for any length
         return x
     return torch.nn.functional.pad(x, (0, missing), value=value)
 
 
 def _without_padding(x: Tensor, length: int) -> Tensor:
     """The first ``length`` columns of x. Cut by a pad, whose result has that length in a graph without a proof."""
-    return torch.nn.functional.pad(x, (0, length - x.shape[-1])) if torch.compiler.is_exporting() else x[..., :length]
+    return torch.nn.functional.pad(x, (0, length - x.shape[-1])) if is_exporting() else x[..., :length]
 
 
 def _in_pieces(pattern: LSGPattern, size: int, x: Tensor, value: float) -> Tensor:
@@ -398,7 +399,7 @@ def sum_rows(x: Tensor, slot: Tensor, out: Tensor) -> Tensor:
 
     ``slot``: (..., rows), broadcastable. One flat ``index_add_`` is several times faster than ``scatter_add_`` here.
     """
-    if torch.compiler.is_exporting():  # the sizes of flat rows would be more than a graph for any T can tell
+    if is_exporting():  # the sizes of flat rows would be more than a graph for any T can tell
         return out.scatter_add_(-2, _rows(slot, x), x)
     leading, (num_slots, head_dim) = out.shape[:-2], out.shape[-2:]
     count = math.prod(leading)

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .tracing import is_exporting
+
 
 class Workspace:
     """Named scratch memory that is used again and again, so that it stays in cache."""
@@ -21,7 +23,7 @@ class Workspace:
 
         One name goes with one dtype.
         """
-        if torch.compiler.is_exporting():  # the compiler plans memory itself
+        if is_exporting():  # the compiler plans memory itself
             return self._like.new_empty(shape, dtype=dtype or self.dtype)
         size = math.prod(shape)
         if name not in self._memory or self._memory[name].numel() < size:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import HEADS, patterns
 
 from lsg_attn import LSGPattern
-from lsg_attn.compression import Tokens, compress, lsh_directions
+from lsg_attn.compression import Tokens, compress, lsh_directions, slots_of
 
 TYPES = ("norm", "pooling", "bos_pooling", "stride", "block_stride", "lsh")
 
@@ -122,3 +122,10 @@ def test_weights_are_at_least_float32(dtype):
     compression = compress(pattern, Tokens(x, x, torch.ones(1, 40, dtype=torch.bool), 1 / math.sqrt(8)))
     assert compression.weight.dtype == torch.float32
     assert compression.apply(x).dtype == dtype
+
+
+def test_compilation_is_no_export():
+    """A graph for any length has slots of one more block, and torch 2.11 calls a compilation an export."""
+    pattern, length = LSGPattern(16, 16, 2), 3 * 16
+    compiled = torch.compile(lambda x: x.new_empty(slots_of(pattern, x.shape[0])), backend="eager", dynamic=False)
+    assert compiled(torch.zeros(length)).shape[0] == pattern.num_slots(length)
