@@ -21,7 +21,7 @@ from bench.record import Writer, read, records
 from bench.static.meta import meta_call, meta_passes
 from bench.timing import Spread
 from lsg_attn import LSGPattern
-from lsg_attn.fused.schedules import Schedule, Tuning
+from lsg_attn.fused.schedules import Schedule, Tuning, row_key
 
 
 @pytest.fixture(scope="module")
@@ -306,8 +306,8 @@ def plant_times(out, target="sm_90", head_dim=128, is_backward=True, ratio=0.9, 
     ("target", "head_dim", "is_backward", "dtype", "name", "shared"),
     [
         ("sm_90", 64, False, torch.bfloat16, "_HOPPER", []),
-        ("sm_90", 64, True, torch.bfloat16, "_BACKWARD_HOPPER", ["_BACKWARD_BLACKWELL"]),
-        ("sm_100", 64, True, torch.float16, "_BACKWARD_BLACKWELL", ["_BACKWARD_HOPPER"]),
+        ("sm_90", 256, True, torch.bfloat16, "_BACKWARD_HOPPER", ["_BACKWARD_BLACKWELL"]),
+        ("sm_100", 256, True, torch.float16, "_BACKWARD_BLACKWELL", ["_BACKWARD_HOPPER"]),
         ("sm_90", 128, True, torch.bfloat16, "_BACKWARD_HOPPER", []),
         ("sm_90", 100, False, torch.float32, "_FLOAT32", []),
     ],
@@ -315,7 +315,7 @@ def plant_times(out, target="sm_90", head_dim=128, is_backward=True, ratio=0.9, 
 def test_summary_names_the_row_to_change(target, head_dim, is_backward, dtype, name, shared, tmp_path):
     row, third = plant_times(tmp_path, target, head_dim, is_backward, 0.9, dtype)
     text, _ = told(tmp_path)
-    limit = 64 if head_dim == 64 else 128
+    limit, _ = row_key(head_dim, False)
     found = re.search(r"on (\S+): change `(\w+)\[(.*?)\]`: (\S+) ms to (\S+) ms, (.*?) of the row's time", text)
     assert found.groups() == (target, name, f"({limit}, False)", "2", "1.8", "0.900 (0.890-0.910)")
     assert "3 of" in text
