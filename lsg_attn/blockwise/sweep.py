@@ -237,9 +237,9 @@ class Sweep:
         first = self.call.pattern.num_global_tokens
         for x, out in zip((key, value), slots, strict=True):
             if compression.token is not None:
-                rows = x.reshape(-1, head_dim) if self.group == 1 else x[0]
-                index = self._flat(compression.token, length, 1, self.group == 1)
-                torch.index_select(rows, 0, index, out=out.view(-1, head_dim))
+                positions = self._position(compression.token, length)
+                for rows, index, chosen in zip(x, positions, out, strict=True):  # x as it is: to flatten it may copy
+                    torch.index_select(rows, 0, index, out=chosen)
             else:
                 self.sum_slots(x[:, first:], compression, out)
         return slots
@@ -252,16 +252,15 @@ class Sweep:
             sums = self.work.empty("sums", stop - start, *out.shape[1:], dtype=self.sum_dtype)
             out[start:stop] = sum_rows(weighted, compression.slot[start:stop], sums.zero_())
 
-    def _flat(self, token: Tensor, length: int, copies: int, heads_apart: bool = True) -> Tensor:
-        """Where the tokens (heads, N) are among the rows of ``copies`` times (heads, length); of none, some row.
-
-        Where the heads are not apart, their rows are the same.
-        """
+    def _flat(self, token: Tensor, length: int, copies: int) -> Tensor:
+        """Where the tokens (heads, N) are among the rows of ``copies`` times (heads, length); of none, some row."""
         heads = token.shape[0]
-        first = torch.arange(copies * heads, device=token.device).view(copies, heads, 1) * (length * heads_apart)
-        position = (token + self.call.pattern.num_global_tokens).clamp(max=length - 1)  # past the end: not kept
-        index: Tensor = first + position
-        return index.flatten()
+        first = torch.arange(copies * heads, device=token.device).view(copies, heads, 1) * length
+        return (first + self._position(token, length)).flatten()
+
+    def _position(self, token: Tensor, length: int) -> Tensor:
+        """The rows of tokens; of one past the end, whose slot is not kept, the last."""
+        return (token + self.call.pattern.num_global_tokens).clamp(max=length - 1)
 
 
 def dtype_of_products(x: Tensor) -> torch.dtype:

@@ -35,7 +35,9 @@ class Forward {
     std::fill_n(max_, count, kLowest);
     std::fill_n(sum_, count, 0.0f);
     bool is_first = true;
-    for (const Run& run : in_.runs(block)) {
+    const std::vector<Run> runs = in_.runs(block);
+    const Piece next = in_.rows_after(runs, block);
+    for (const Run& run : runs) {
       const int64_t ld = stride_of(run.keys);
       gather(from, run, ld);
       at::native::cpublas::brgemm(
@@ -44,6 +46,10 @@ class Forward {
       for (int64_t r = 0; r < count; ++r) {
         const float factor = exponentiate(r, block.start + r, run.keys, ld, sees_all);
         if (!is_first) write_scaled(sums_ + r * width_, factor, width_, sums_ + r * width_);
+        if (is_first && r < next.size) {  // between, so that they come while something else is done
+          prefetch_row(from[0].key + (next.start + r) * from[0].key_stride, width_);
+          prefetch_row(from[0].value + (next.start + r) * from[0].value_stride, width_);
+        }
       }
       at::native::cpublas::brgemm(
           count, width_, round_up(run.keys, kPerWord<T>), ld * kPerWord<T>, width_, width_, !is_first,

@@ -107,6 +107,13 @@ struct Source {
 template <typename T>
 using Sources = std::array<Source<T>, 2>;
 
+// Asks for a row's memory, which the processor does not do by itself where rows lie a page apart.
+template <typename T>
+void prefetch_row(const T* row, int64_t width) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < width; i += kLine) __builtin_prefetch(row + i, 0, 2);
+}
+
 // out (width / kPerWord, ld) = the transpose of a run's keys, in words.
 template <typename T>
 void transpose_keys(const Sources<T>& from, const Run& run, int64_t width, float* out, int64_t ld) {
@@ -165,6 +172,16 @@ struct Inputs {
         rest.size -= size;
       }
     return out;
+  }
+
+  // The rows of the sequence that follow a block's window: what the next block's has besides.
+  Piece rows_after(const std::vector<Run>& runs, const Block& block) const {
+    int64_t stop = block.stop;
+    for (const Run& run : runs)
+      for (const Piece& piece : run.pieces)
+        if (piece.source == 0) stop = std::max(stop, piece.start + piece.size);
+    const int64_t size = std::min(block.stop - block.start, key.size(1) - stop);
+    return {{0, stop, size}, 0};
   }
 
   // Writes of each key of a run the first query that sees it, kNever for padding, also up to a multiple of kLanes keys.
