@@ -13,16 +13,22 @@ OTHER_PYTHONS := 3.10 3.12 3.13
 # compute capabilities that the kernels are executed for: tensor cores by warp groups, as on Hopper alone, and by warps
 LAST_STAGES := 90 80
 
-.PHONY: demo test test-last-stage test-matrix test-pythons static static-3.6 lint format docs bench clean
+.PHONY: demo test test-cpu test-kernels test-last-stage test-matrix test-pythons static static-3.6 lint format docs bench clean
 .SECONDARY:
 
 demo: $(VENV)/ready
 	$(BIN)/lsg-attn demo
 
+# The kernels run on one core: in Python, statement by statement.
 test: lint
+	$(MAKE) --jobs 2 --output-sync=target test-cpu test-kernels
+
+test-cpu: $(VENV)/ready
 	$(BIN)/python -m pytest
-	$(BIN)/python -m ttsem.sanitize pytest tests/kernels
 	$(BIN)/python -m bench.static --subset quick --target sm_90
+
+test-kernels: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m ttsem.sanitize pytest tests/kernels
 
 # The kernel tests on the last stage of the compiler before LLVM. TESTS="-m every_kernel" and the like for fewer of them.
 test-last-stage: $(LAST_STAGES:%=test-last-stage-%)
