@@ -18,13 +18,13 @@ PRODUCTS, BACKWARD_PRODUCTS = 2, 5
 def num_scores(pattern: LSGPattern, num_tokens: int) -> int:
     """The scores of one head without padding: pairs of a query and a raw or compressed key that it sees."""
     first, slots = pattern.num_global_tokens, pattern.num_slots(num_tokens)
-    scores = first * (first + num_tokens)
+    scores = first * (first if pattern.causal else first + num_tokens)
     for block in range(pattern.num_blocks(num_tokens)):
         rows = min(pattern.block_size, num_tokens - block * pattern.block_size)
         local, *sparse = pattern.local_window(block), *pattern.sparse_windows(block)
         keys = min(local[1], num_tokens) - max(local[0], 0)
         keys += sum(max(min(stop, slots) - max(start, 0), 0) for start, stop in sparse)
-        scores += rows * (first + keys)
+        scores += rows * (first + keys) - (rows * (rows - 1) // 2 if pattern.causal else 0)
     return scores
 
 

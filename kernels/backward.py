@@ -7,18 +7,23 @@ import triton.language as tl
 
 from .heads import (
     SIZES,
+    Batch,
     Keys,
     KeyTensors,
     QueryTensors,
     first_of_tokens,
     head_keys,
     head_rows,
+    lies_past,
     locate_head,
     locate_queries,
     locate_source,
     locate_tile,
     query_head_of,
+    slot_keys,
+    slots_of,
     store_keys,
+    token_of,
 )
 from .primitives import (
     LN2,
@@ -199,11 +204,11 @@ def _dkv_of_globals(
 
 
 @triton.jit
-def _dk_of_weights(first_row, dscore_ptr, queries, head, num_tokens, V, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+def _dk_of_weights(first_row, dscore_ptr, queries, head, V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """What the first token's query, whose scores weight the tokens of a slot, gives to dk."""
     offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    ptrs = dscore_ptr + head.flat * num_tokens + first_row + offs_m
-    dscore = tl.load(ptrs, mask=offs_m < num_tokens - first_row, other=0.0)
+    ptrs = dscore_ptr + token_of(head, first_row, V.num_globals) + offs_m
+    dscore = tl.load(ptrs, mask=offs_m < head.num_tokens - first_row, other=0.0)
     query = tl.load(one_row(queries.q, V.num_globals, offs_d), mask=offs_d < V.head_dim, other=0.0)
     return dscore[:, None] * query.to(tl.float32)[None, :]
 
@@ -231,10 +236,10 @@ def _dkv_of_tokens(
     others, own = tokens_that_see_tokens(first_row, last_row, num_seen, V, BLOCK_N)
     for member in tl.range(0, V.group, disable_licm=True):  # addresses that are the same for all would fill registers
         head = query_head_of(key_head, member, V.group)
-        queries, source = locate_queries(head, query_tensors, num_tokens, V), locate_source(head, key_tensors, V)
+        queries, source = locate_queries(head, query_tensors, V), locate_source(head, key_tensors, V)
         # 1. The first token's query.
         if dscore_ptr is not None:
-            dk += _dk_of_weights(first_row, dscore_ptr, queries, head, num_tokens, V, BLOCK_M, BLOCK_D)
+            dk += _dk_of_weights(first_row, dscore_ptr, queries, head, V, BLOCK_M, BLOCK_D)
         # 2. The global queries.
         if G > 0 and not V.causal:
             near = Range(0, G)
@@ -248,11 +253,12 @@ def _dkv_of_tokens(
 
 @triton.jit(do_not_specialize=SIZES)
 def _lsg_bwd_slots_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, dout_ptr, sums_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, cu_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, dout_ptr, sums_ptr,
     dslot_k_ptr, dslot_v_ptr,
     scale_log2, kept_scale, seed, threshold,
-    q_strides, k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, dout_strides, slot_strides,
-    num_heads, num_tokens, num_slots,
+    q_strides, k_strides, v_strides, mask_batch_stride, mask_stride, index_stride, sparse_strides, dout_strides,
+    sums_stride, slot_strides,
+    num_heads, num_tokens, num_slots, length,
     V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The gradients of BLOCK_M slots from the queries that see them.
@@ -261,12 +267,15 @@ def _lsg_bwd_slots_kernel(
     float32.
     """
     # 1. Locate the head and the slots.
-    head, tile = locate_head(tl.cdiv(num_slots, BLOCK_M), num_heads)
-    first_slot = tile * BLOCK_M
-    queries = locate_queries(head, QueryTensors(q_ptr, dout_ptr, sums_ptr, q_strides, dout_strides), num_tokens, V)
+    head, tile = locate_head(tl.cdiv(num_slots, BLOCK_M), Batch(cu_ptr, num_heads, num_tokens, length), V.num_globals)
+    first_slot, own_slots = tile * BLOCK_M, slots_of(head, num_slots, V)
+    if V.packed:
+        if first_slot >= own_slots:
+            return
+    queries = locate_queries(head, QueryTensors(q_ptr, dout_ptr, sums_ptr, q_strides, dout_strides, sums_stride), V)
     tensors = KeyTensors(
         k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, scale_log2, kept_scale, seed, threshold,
-        k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_tokens, num_slots,
+        k_strides, v_strides, mask_batch_stride, mask_stride, index_stride, sparse_strides, num_tokens, num_slots,
     )  # fmt: skip
     source = locate_source(head, tensors, V)
     # 2. Their rows.
@@ -277,26 +286,26 @@ def _lsg_bwd_slots_kernel(
     visible = are_visible(places, first_slot, offs_n, source, SPARSITY, V)
     keys = _load_keys(first_slot, places.first, places.rows, places.readable, visible, source.slots, offs_d, V)
     # 3. The queries to their right and left, unless none of these slots is visible.
-    num_seen = tl.where(any_of(visible), num_tokens, 0)
-    last_slot = tl.minimum(first_slot + BLOCK_M, num_slots) - 1
+    num_seen = tl.where(any_of(visible), head.num_tokens, 0)
+    last_slot = tl.minimum(first_slot + BLOCK_M, own_slots) - 1
     near, far = tokens_that_see_slots(first_slot, last_slot, num_seen, V)
     dk, dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dk, dv = _add_dkv(dk, dv, keys, near, far, queries, source, "token", SPARSITY, WINDOWED, V, BLOCK_N)
     # 4. Store.
     dk, dv = _with_scales(dk, dv, source)
-    dslots = head_keys(dslot_k_ptr, slot_strides, dslot_v_ptr, slot_strides, head, V.is_wide)
-    store_keys(dslots, first_slot, offs_n, offs_n < num_slots - first_slot, offs_d, dk, dv, V.head_dim)
+    dslots = slot_keys(dslot_k_ptr, slot_strides, dslot_v_ptr, slot_strides, head, V)
+    store_keys(dslots, first_slot, offs_n, offs_n < own_slots - first_slot, offs_d, dk, dv, V.head_dim)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _lsg_bwd_dq_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, weight_ptr, slot_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, cu_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, weight_ptr, slot_ptr,
     dout_ptr, sums_ptr, dslot_k_ptr, dslot_v_ptr, dscore_ptr,
     dq_ptr, dk_ptr, dv_ptr, dq_part_ptr, dk_part_ptr, dv_part_ptr,
     scale_log2, kept_scale, seed, threshold,
-    q_strides, k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, dout_strides, slot_strides,
-    dq_strides, dk_strides, dv_strides, part_strides,
-    batch, num_heads, num_tokens, num_slots, part_size, num_parts,
+    q_strides, k_strides, v_strides, mask_batch_stride, mask_stride, index_stride, sparse_strides, dout_strides,
+    sums_stride, slot_strides, dq_strides, dk_strides, dv_strides, part_strides,
+    batch, num_heads, num_tokens, num_slots, length, part_size, num_parts,
     V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
     BRANCH: tl.constexpr,
 ):  # fmt: skip
@@ -313,18 +322,25 @@ def _lsg_bwd_dq_dkv_kernel(
     G: tl.constexpr = V.num_globals
     GLOBAL_TILES: tl.constexpr = (V.num_globals + BLOCK_G - 1) // BLOCK_G
     token_programs, global_programs = tl.cdiv(num_tokens, BLOCK_M), GLOBAL_TILES * num_parts
+    key_batch = Batch(cu_ptr, num_heads // V.group, num_tokens, length)
     key_head, program, is_token = locate_tile(
-        (V.group + 1) * token_programs, 2 * V.group * global_programs, batch, num_heads // V.group
+        (V.group + 1) * token_programs, 2 * V.group * global_programs, batch, key_batch, G
     )  # fmt: skip
+    if V.packed:
+        position = G + program % tl.maximum(token_programs, 1) * BLOCK_M
+        if G > 0:
+            position = tl.where(is_token, position, program % global_programs // GLOBAL_TILES * part_size)
+        if lies_past(key_head, position, G):
+            return
     member = program // tl.where(is_token, token_programs, global_programs) % V.group
     head = query_head_of(key_head, member, V.group)
-    query_tensors = QueryTensors(q_ptr, dout_ptr, sums_ptr, q_strides, dout_strides)
+    query_tensors = QueryTensors(q_ptr, dout_ptr, sums_ptr, q_strides, dout_strides, sums_stride)
     key_tensors = KeyTensors(
         k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, scale_log2, kept_scale, seed, threshold,
-        k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_tokens, num_slots,
+        k_strides, v_strides, mask_batch_stride, mask_stride, index_stride, sparse_strides, num_tokens, num_slots,
     )  # fmt: skip
-    queries, source = locate_queries(head, query_tensors, num_tokens, V), locate_source(head, key_tensors, V)
-    offs_d = tl.arange(0, BLOCK_D)
+    queries, source = locate_queries(head, query_tensors, V), locate_source(head, key_tensors, V)
+    num_tokens, offs_d = head.num_tokens, tl.arange(0, BLOCK_D)
 
     if is_token:
         row = program % token_programs * BLOCK_M
@@ -357,11 +373,11 @@ def _lsg_bwd_dq_dkv_kernel(
         if program < V.group * global_programs:
             stop = tl.minimum(start + part_size, positions_of_globals(num_tokens, V))
             dq = _dq_of_globals(row, start, stop, queries, source, V, BLOCK_G, BLOCK_N, BLOCK_D, BRANCH)
-            dq_part = rows_at(dq_part_ptr, part_strides, head.flat, part, V.is_wide)
+            dq_part = rows_at(dq_part_ptr, part_strides, head.number, part, V.is_wide)
             store_rows(dq_part, row, offs_g, is_global, offs_d, dq, V.head_dim)
         else:
             stop = tl.minimum(start + part_size, num_tokens)
             dk, dv = _dkv_of_globals(row, start, stop, queries, source, V, BLOCK_G, BLOCK_N, BLOCK_D)
-            dk_part = rows_at(dk_part_ptr, part_strides, head.flat, part, V.is_wide)
-            dv_part = rows_at(dv_part_ptr, part_strides, head.flat, part, V.is_wide)
+            dk_part = rows_at(dk_part_ptr, part_strides, head.number, part, V.is_wide)
+            dv_part = rows_at(dv_part_ptr, part_strides, head.number, part, V.is_wide)
             store_keys(Keys(dk_part, dv_part), row, offs_g, is_global, offs_d, dk, dv, V.head_dim)

@@ -3,7 +3,19 @@
 import triton
 import triton.language as tl
 
-from .heads import SIZES, head_keys, head_rows, key_head_of, keys_read_by, locate_head, store_keys
+from .heads import (
+    SIZES,
+    Batch,
+    head_rows,
+    index_of,
+    key_head_of,
+    keys_read_by,
+    locate_head,
+    slot_keys,
+    slots_of,
+    store_keys,
+    token_of,
+)
 from .primitives import MIN_SCORE, is_kept, load_rows, mask_of, one_row, store_rows
 
 # Columns of head_dim at a time, where whole rows of a chunk would not fit into registers.
@@ -28,8 +40,8 @@ def _squared_norms(k, tokens, kept, V: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _lsg_norm_kernel(
-    k_ptr, mask_ptr, index_ptr,
-    k_strides, mask_batch_stride, mask_stride, num_heads, num_tokens, num_slots,
+    k_ptr, mask_ptr, cu_ptr, index_ptr,
+    k_strides, mask_batch_stride, mask_stride, index_stride, num_heads, num_tokens, num_slots, length,
     V: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Rank BLOCK_C tokens of a chunk by norm: no sort, a rank is the number of tokens of the chunk that beat one.
@@ -41,13 +53,16 @@ def _lsg_norm_kernel(
     TILES: tl.constexpr = (V.chunk + BLOCK_C - 1) // BLOCK_C
     CHUNK: tl.constexpr = V.chunk  # triton 3.6 takes no field of a tuple as the end of a static range
     CHOSEN: tl.constexpr = V.chunk // V.factor
-    head, tile = locate_head(num_slots // CHOSEN * TILES, num_heads)
-    mask = mask_of(mask_ptr, mask_batch_stride, mask_stride, head.batch, V)
+    head, tile = locate_head(num_slots // CHOSEN * TILES, Batch(cu_ptr, num_heads, num_tokens, length), G)
     chunk = tile // TILES
+    if V.packed:
+        if chunk * CHOSEN >= slots_of(head, num_slots, V):
+            return
+    mask = mask_of(mask_ptr, mask_batch_stride, mask_stride, head.batch, V)
     k = head_rows(k_ptr, k_strides, key_head_of(head, V.group), V.is_wide)
     offs_m = tile % TILES * BLOCK_C + tl.arange(0, BLOCK_C)
     tokens = chunk * V.chunk + offs_m
-    kept = is_kept(mask, G, tokens, (offs_m < V.chunk) & (tokens < num_tokens), V)
+    kept = is_kept(mask, G, tokens, (offs_m < V.chunk) & (tokens < head.num_tokens), V)
     norms = _squared_norms(k, tokens, kept, V)
     rank = tl.zeros((BLOCK_C,), tl.int32)
     for start in tl.static_range(0, CHUNK, BLOCK_C):
@@ -55,22 +70,23 @@ def _lsg_norm_kernel(
         other_norms = norms
         if TILES > 1:
             others = chunk * V.chunk + offs_n
-            inside = (offs_n < V.chunk) & (others < num_tokens)
+            inside = (offs_n < V.chunk) & (others < head.num_tokens)
             other_kept = is_kept(mask, G, others, inside, V)
             other_norms = _squared_norms(k, others, other_kept, V)
         larger = other_norms[None, :] > norms[:, None]
         earlier = (other_norms[None, :] == norms[:, None]) & (offs_n[None, :] < offs_m[:, None])
         rank += tl.sum(((larger | earlier) & (offs_n < V.chunk)[None, :]).to(tl.int32), 1)
     slots = chunk * CHOSEN + CHOSEN - 1 - rank
-    index = tl.where(kept, tokens, -1)
-    tl.store(index_ptr + head.flat * num_slots + slots, index, mask=(offs_m < V.chunk) & (rank < CHOSEN))
+    index_ptr = index_of(index_ptr, index_stride, head, V)
+    tl.store(index_ptr + slots, tl.where(kept, tokens, -1), mask=(offs_m < V.chunk) & (rank < CHOSEN))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _lsg_pool_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, weight_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, cu_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, weight_ptr,
     scale_log2,
-    q_strides, k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_heads, num_tokens, num_slots,
+    q_strides, k_strides, v_strides, mask_batch_stride, mask_stride, index_stride, sparse_strides,
+    num_heads, num_tokens, num_slots, length,
     V: tl.constexpr, BY_QUERY: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Pool BLOCK_N groups of f tokens: their mean, or BY_QUERY, weighted by the first token's softmax over them.
@@ -79,11 +95,15 @@ def _lsg_pool_kernel(
     ``index`` (batch, heads, slots) int32 (the slot, or -1 if all of it is padding) and ``weight`` (batch, heads, T).
     """
     G: tl.constexpr = V.num_globals
-    head, tile = locate_head(tl.cdiv(num_slots, BLOCK_N), num_heads)
+    head, tile = locate_head(tl.cdiv(num_slots, BLOCK_N), Batch(cu_ptr, num_heads, num_tokens, length), G)
+    own_slots = slots_of(head, num_slots, V)
+    if V.packed:
+        if tile * BLOCK_N >= own_slots:
+            return
     mask = mask_of(mask_ptr, mask_batch_stride, mask_stride, head.batch, V)
     keys = keys_read_by(k_ptr, k_strides, v_ptr, v_strides, head, V)
     offs_n, offs_d = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    inside = offs_n < num_slots
+    inside = offs_n < own_slots
     if BY_QUERY:
         ptrs = one_row(head_rows(q_ptr, q_strides, head, V.is_wide), G, offs_d)
         q = tl.load(ptrs, mask=offs_d < V.head_dim, other=0.0).to(tl.float32)[None, :] * scale_log2
@@ -92,7 +112,7 @@ def _lsg_pool_kernel(
     top = tl.full((BLOCK_N,), MIN_SCORE, tl.float32)
     for member in tl.range(0, V.factor):
         tokens = offs_n * V.factor + member
-        kept = is_kept(mask, G, tokens, inside & (tokens < num_tokens), V)
+        kept = is_kept(mask, G, tokens, inside & (tokens < head.num_tokens), V)
         count += kept.to(tl.float32)
         if BY_QUERY:
             k = load_rows(keys.k, G, tokens, kept, offs_d, V.head_dim).to(tl.float32)
@@ -104,7 +124,7 @@ def _lsg_pool_kernel(
     sparse_k, sparse_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32), tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for member in tl.range(0, V.factor):
         tokens = offs_n * V.factor + member
-        exists = inside & (tokens < num_tokens)
+        exists = inside & (tokens < head.num_tokens)
         kept = is_kept(mask, G, tokens, exists, V)
         k = load_rows(keys.k, G, tokens, kept, offs_d, V.head_dim).to(tl.float32)
         v = load_rows(keys.v, G, tokens, kept, offs_d, V.head_dim).to(tl.float32)
@@ -112,12 +132,13 @@ def _lsg_pool_kernel(
             weight = tl.where(kept, tl.exp2(tl.sum(q * k, 1) - top) / total, 0.0)
         else:
             weight = kept.to(tl.float32) / (count + _POOLING_EPS)
-        tl.store(weight_ptr + head.flat * num_tokens + tokens, weight, mask=exists)
+        tl.store(weight_ptr + token_of(head, 0, G) + tokens, weight, mask=exists)
         sparse_k += weight[:, None] * k
         sparse_v += weight[:, None] * v
-    slots = head_keys(sparse_k_ptr, sparse_strides, sparse_v_ptr, sparse_strides, head, V.is_wide)
+    slots = slot_keys(sparse_k_ptr, sparse_strides, sparse_v_ptr, sparse_strides, head, V)
     store_keys(slots, 0, offs_n, inside, offs_d, sparse_k, sparse_v, V.head_dim)
-    tl.store(index_ptr + head.flat * num_slots + offs_n, tl.where(count > 0.0, offs_n, -1), mask=inside)
+    index_ptr = index_of(index_ptr, index_stride, head, V)
+    tl.store(index_ptr + offs_n, tl.where(count > 0.0, offs_n, -1), mask=inside)
 
 
 @triton.jit
@@ -171,8 +192,9 @@ def _hash(
 
 @triton.jit(do_not_specialize=SIZES)
 def _lsg_lsh_kernel(
-    k_ptr, v_ptr, mask_ptr, direction_ptrs, index_ptr, sparse_k_ptr, sparse_v_ptr, slot_ptr, weight_ptr,
-    k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_heads, num_tokens, num_slots,
+    k_ptr, v_ptr, mask_ptr, cu_ptr, direction_ptrs, index_ptr, sparse_k_ptr, sparse_v_ptr, slot_ptr, weight_ptr,
+    k_strides, v_strides, mask_batch_stride, mask_stride, index_stride, sparse_strides,
+    num_heads, num_tokens, num_slots, length,
     V: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Cluster one chunk of tokens by hashing rounds, or as ``slot`` says where there are no directions; average each.
@@ -187,16 +209,19 @@ def _lsg_lsh_kernel(
     """
     G: tl.constexpr = V.num_globals
     CLUSTERS: tl.constexpr = V.chunk // V.factor
-    head, chunk = locate_head(num_slots // CLUSTERS, num_heads)
+    head, chunk = locate_head(num_slots // CLUSTERS, Batch(cu_ptr, num_heads, num_tokens, length), G)
+    if V.packed:
+        if chunk * CLUSTERS >= slots_of(head, num_slots, V):
+            return
     mask = mask_of(mask_ptr, mask_batch_stride, mask_stride, head.batch, V)
     keys = keys_read_by(k_ptr, k_strides, v_ptr, v_strides, head, V)
     offs_c = tl.arange(0, BLOCK_C)
     tokens = chunk * V.chunk + offs_c
-    exists = (offs_c < V.chunk) & (tokens < num_tokens)
+    exists = (offs_c < V.chunk) & (tokens < head.num_tokens)
     kept = is_kept(mask, G, tokens, exists, V)
     # 1. Hash, round by round, unless that was done.
     cluster = tl.zeros((BLOCK_C,), tl.int32)
-    slot_ptr += head.flat * num_tokens + tokens
+    slot_ptr += token_of(head, 0, G) + tokens
     if direction_ptrs is None:
         cluster = tl.load(slot_ptr, mask=exists, other=0) - chunk * CLUSTERS
     else:
@@ -209,18 +234,19 @@ def _lsg_lsh_kernel(
     # 2. Each token's weight.
     same = (cluster[:, None] == cluster[None, :]) & kept[None, :]
     weight = kept.to(tl.float32) / (tl.sum(same.to(tl.float32), 1) + _LSH_EPS)
-    tl.store(weight_ptr + head.flat * num_tokens + tokens, weight, mask=exists)
+    tl.store(weight_ptr + token_of(head, 0, G) + tokens, weight, mask=exists)
     # 3. Average the tokens of each slot.
     offs_n = tl.arange(0, BLOCK_N)
     slots, inside = chunk * CLUSTERS + offs_n, offs_n < CLUSTERS
     member = (offs_n[:, None] == cluster[None, :]) & kept[None, :]  # (BLOCK_N, BLOCK_C)
     count = tl.sum(member.to(tl.float32), 1)
     share = (1.0 / (count + _LSH_EPS))[:, None]
-    sparse = head_keys(sparse_k_ptr, sparse_strides, sparse_v_ptr, sparse_strides, head, V.is_wide)
+    sparse = slot_keys(sparse_k_ptr, sparse_strides, sparse_v_ptr, sparse_strides, head, V)
     for column in tl.range(0, V.head_dim, _LSH_COLUMNS):
         offs_d = column + tl.arange(0, _LSH_COLUMNS)
         k = load_rows(keys.k, G, tokens, kept, offs_d, V.head_dim)
         store_rows(sparse.k, 0, slots, inside, offs_d, _one_hot_dot(member, k) * share, V.head_dim)
         v = load_rows(keys.v, G, tokens, kept, offs_d, V.head_dim)
         store_rows(sparse.v, 0, slots, inside, offs_d, _one_hot_dot(member, v) * share, V.head_dim)
-    tl.store(index_ptr + head.flat * num_slots + slots, tl.where(count > 0.0, slots, -1), mask=inside)
+    index_ptr = index_of(index_ptr, index_stride, head, V)
+    tl.store(index_ptr + slots, tl.where(count > 0.0, slots, -1), mask=inside)

@@ -5,7 +5,18 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .heads import SIZES, KeyTensors, head_rows, locate_head, locate_source, locate_tile
+from .heads import (
+    SIZES,
+    Batch,
+    KeyTensors,
+    head_rows,
+    lies_past,
+    locate_head,
+    locate_source,
+    locate_tile,
+    parts_of,
+    row_of,
+)
 from .primitives import (
     MIN_SCORE,
     draws_of,
@@ -70,11 +81,12 @@ def _token_tile(
 
 @triton.jit(do_not_specialize=SIZES)
 def _lsg_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr,
+    q_ptr, k_ptr, v_ptr, mask_ptr, cu_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr,
     out_ptr, lse_ptr, part_ptr, part_lse_ptr,
     scale_log2, kept_scale, seed, threshold,
-    q_strides, k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, out_strides, part_strides,
-    batch, num_heads, num_tokens, num_slots, part_size, num_parts,
+    q_strides, k_strides, v_strides, mask_batch_stride, mask_stride, index_stride, sparse_strides, out_strides,
+    part_strides,
+    batch, num_heads, num_tokens, num_slots, length, part_size, num_parts,
     V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
     BRANCH: tl.constexpr,
 ):  # fmt: skip
@@ -83,15 +95,24 @@ def _lsg_fwd_kernel(
     Grid: batch * heads * (cdiv(num_tokens, BLOCK_M) + cdiv(G, BLOCK_G) * num_parts), as locate_tile orders them.
     Writes the tokens' rows of ``out`` (batch, heads, G+T, head_dim) and ``lse`` (batch, heads, G+T) float32, and the
     globals' ``part`` (batch * heads, num_parts, G, head_dim) and ``part_lse`` (batch * heads, num_parts, G), float32.
+    Packed sequences: ``batch`` is how many there are, each has programs as the longest one, and those past it return.
     """
     # 1. Locate the head and the tile.
     GLOBAL_TILES: tl.constexpr = (V.num_globals + BLOCK_G - 1) // BLOCK_G
-    length = V.num_globals + num_tokens
-    head, program, is_token = locate_tile(tl.cdiv(num_tokens, BLOCK_M), GLOBAL_TILES * num_parts, batch, num_heads)
+    sequences = Batch(cu_ptr, num_heads, num_tokens, length)
+    head, program, is_token = locate_tile(
+        tl.cdiv(num_tokens, BLOCK_M), GLOBAL_TILES * num_parts, batch, sequences, V.num_globals
+    )  # fmt: skip
+    if V.packed:
+        position = V.num_globals + program * BLOCK_M
+        if V.num_globals > 0:
+            position = tl.where(is_token, position, program // GLOBAL_TILES * part_size)
+        if lies_past(head, position, V.num_globals):
+            return
     q = head_rows(q_ptr, q_strides, head, V.is_wide)
     tensors = KeyTensors(
         k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, scale_log2, kept_scale, seed, threshold,
-        k_strides, v_strides, mask_batch_stride, mask_stride, sparse_strides, num_tokens, num_slots,
+        k_strides, v_strides, mask_batch_stride, mask_stride, index_stride, sparse_strides, num_tokens, num_slots,
     )  # fmt: skip
     source = locate_source(head, tensors, V)
     offs_d = tl.arange(0, BLOCK_D)
@@ -101,42 +122,47 @@ def _lsg_fwd_kernel(
         row = program * BLOCK_M
         out, lse = _token_tile(row, q, source, V, BLOCK_M, BLOCK_N, BLOCK_G, BLOCK_D, BRANCH)
         offs_m, first = tl.arange(0, BLOCK_M), V.num_globals + row
-        inside = offs_m < num_tokens - row
+        inside = offs_m < head.num_tokens - row
         rows = head_rows(out_ptr, out_strides, head, V.is_wide)
         store_rows(rows, first, offs_m, inside, offs_d, out, V.head_dim)
-        tl.store(lse_ptr + head.flat * length + first + offs_m, lse, mask=inside)
+        tl.store(row_of(lse_ptr, head, first) + offs_m, lse, mask=inside)
     elif V.num_globals > 0:
         # 3. Globals: a part of the softmax, which the next kernel combines with the others.
         part, row = program // GLOBAL_TILES, program % GLOBAL_TILES * BLOCK_G
-        start, stop = part * part_size, tl.minimum((part + 1) * part_size, positions_of_globals(num_tokens, V))
+        start, stop = part * part_size, tl.minimum((part + 1) * part_size, positions_of_globals(head.num_tokens, V))
         part_out, part_lse = _global_tile(row, start, stop, q, source, V, BLOCK_G, BLOCK_N, BLOCK_D, BRANCH)
         offs_g = tl.arange(0, BLOCK_G)
         is_global = offs_g < V.num_globals - row
-        parts = rows_at(part_ptr, part_strides, head.flat, part, V.is_wide)
+        parts = rows_at(part_ptr, part_strides, head.number, part, V.is_wide)
         store_rows(parts, row, offs_g, is_global, offs_d, part_out, V.head_dim)
-        part_lse_ptr += (head.flat * num_parts + part) * V.num_globals + row
+        part_lse_ptr += (head.number * num_parts + part) * V.num_globals + row
         tl.store(part_lse_ptr + offs_g, part_lse, mask=is_global)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def _lsg_fwd_combine_kernel(
-    part_ptr, part_lse_ptr, out_ptr, lse_ptr, kept_scale,
-    part_strides, out_strides, num_heads, length, num_parts,
+    part_ptr, part_lse_ptr, cu_ptr, out_ptr, lse_ptr, kept_scale,
+    part_strides, out_strides, num_heads, num_tokens, length, part_size, num_parts,
     NUM_GLOBALS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One global query of one head: the mean of its parts, each weighted by its share of the softmax.
 
     Grid: batch * heads * G. Writes that row of ``out`` and ``lse``.
     """
-    head, row = locate_head(NUM_GLOBALS, num_heads)
+    head, row = locate_head(NUM_GLOBALS, Batch(cu_ptr, num_heads, num_tokens, length), NUM_GLOBALS)
+    own_parts = num_parts
+    if cu_ptr is not None:
+        if lies_past(head, row, NUM_GLOBALS):
+            return
+        own_parts = parts_of(head, part_size, num_parts, NUM_GLOBALS)
     offs_d = tl.arange(0, BLOCK_D)
     by_part = (part_strides[0], part_strides[2], part_strides[1], part_strides[3])  # the parts of a row as its rows
-    rows = rows_at(part_ptr, by_part, head.flat, row, True)
-    part_lse_ptr += head.flat * num_parts * NUM_GLOBALS + row
+    rows = rows_at(part_ptr, by_part, head.number, row, True)
+    part_lse_ptr += head.number * num_parts * NUM_GLOBALS + row
     row_max, row_sum, acc = tl.full((), MIN_SCORE, tl.float32), 0.0, tl.zeros((BLOCK_D,), tl.float32)
-    for start in tl.range(0, num_parts, BLOCK_N):
+    for start in tl.range(0, own_parts, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
-        inside = offs_n < num_parts
+        inside = offs_n < own_parts
         lse = tl.load(part_lse_ptr + offs_n * NUM_GLOBALS, mask=inside, other=float("inf"))
         lse = tl.where(lse == float("inf"), float("-inf"), lse)  # a part that saw nothing has no weight
         parts = load_rows(rows, start, tl.arange(0, BLOCK_N), inside, offs_d, HEAD_DIM)  # (BLOCK_N, BLOCK_D)
@@ -150,4 +176,4 @@ def _lsg_fwd_combine_kernel(
     out = acc / tl.where(empty, 1.0, row_sum) * kept_scale
     rows = head_rows(out_ptr, out_strides, head, True)
     tl.store(one_row(rows, row, offs_d), out.to(out_ptr.dtype.element_ty), mask=offs_d < HEAD_DIM)
-    tl.store(lse_ptr + head.flat * length + row, lse)
+    tl.store(row_of(lse_ptr, head, row), lse)

@@ -9,19 +9,49 @@ from .primitives import generator_of, mask_of, rows_at, store_rows
 
 # Arguments that differ between batches. They are not specialised, or other batches would compile the kernels again.
 SIZES = [
-    "seed", "threshold", "mask_batch_stride", "batch", "length", "num_tokens", "num_slots", "num_tiles",
-    "part_size", "num_parts",
+    "seed", "threshold", "mask_batch_stride", "index_stride", "sums_stride", "batch", "length", "num_tokens",
+    "num_slots", "num_tiles", "part_size", "num_parts",
 ]  # fmt: skip
 # Rows that no tile of queries has more of.
 SUMS_PADDED = tl.constexpr(128)
 
 
+class Batch(NamedTuple):
+    """The arguments of a kernel that say which sequences there are.
+
+    Attributes:
+        cu_ptr: where each packed sequence starts and the last one stops, or None where sequences are batch entries.
+        num_heads: of a batch entry.
+        num_tokens: tokens after the globals, of the longest sequence.
+        length: rows of a head of the tensors.
+    """
+
+    cu_ptr: Any
+    num_heads: Any
+    num_tokens: Any
+    length: Any
+
+
 class Head(NamedTuple):
-    """One head: its number among all heads of the batch (int64), its batch entry, and its number there."""
+    """One head of one sequence.
+
+    Attributes:
+        flat, batch, index: its number (int64) among all heads of the tensors, its batch entry, and its number there.
+        number, sequence: its number (int64) among the heads of all sequences, and that of its sequence; ``flat`` and
+            ``batch`` unless these are packed.
+        row: its first row (int64) in the tensors.
+        num_tokens: its tokens after the globals; below 0 in an empty sequence.
+        length: rows of a head of the tensors.
+    """
 
     flat: Any
     batch: Any
     index: Any
+    number: Any
+    sequence: Any
+    row: Any
+    num_tokens: Any
+    length: Any
 
 
 class Keys(NamedTuple):
@@ -47,6 +77,7 @@ class QueryTensors(NamedTuple):
     sums_ptr: Any
     q_strides: Any
     dout_strides: Any
+    sums_stride: Any
 
 
 class KeyTensors(NamedTuple):
@@ -66,6 +97,7 @@ class KeyTensors(NamedTuple):
     v_strides: Any
     mask_batch_stride: Any
     mask_stride: Any
+    index_stride: Any
     sparse_strides: Any
     num_tokens: Any
     num_slots: Any
@@ -98,35 +130,60 @@ class Source(NamedTuple):
 
 
 @triton.jit
-def locate_head(programs, num_heads):
-    """The Head of this program, and its number among the ``programs`` that each head has."""
-    return _head_of(tl.program_id(0), programs, num_heads)
+def locate_head(programs, x, NUM_GLOBALS: tl.constexpr):
+    """The Head of this program in a Batch ``x``, and its number among the ``programs`` that each head has."""
+    return _head_of(tl.program_id(0), programs, x, NUM_GLOBALS)
 
 
 @triton.jit
-def locate_tile(token_programs, global_programs, batch, num_heads):
+def locate_tile(token_programs, global_programs, sequences, x, NUM_GLOBALS: tl.constexpr):
     """The Head of this program, its number among that head's programs for tokens or for globals, and which of the two.
 
-    Those for tokens come first, of all heads: they take longest. Those for globals then fill the multiprocessors that
-    have no more of them.
+    Those for tokens come first, of all heads of all ``sequences``: they take longest. Those for globals then fill the
+    multiprocessors that have no more of them. ``x``: the Batch.
     """
-    num_first = batch * num_heads * token_programs
+    num_first = sequences * x.num_heads * token_programs
     is_token = tl.program_id(0) < num_first
     program = tl.program_id(0) - tl.where(is_token, 0, num_first)
-    head, program = _head_of(program, tl.where(is_token, token_programs, global_programs), num_heads)
+    head, program = _head_of(program, tl.where(is_token, token_programs, global_programs), x, NUM_GLOBALS)
     return head, program, is_token
 
 
 @triton.jit
-def _head_of(program, programs, num_heads):
-    flat = program // programs  # divided in 32 bits, which takes a few instructions, not dozens
-    return Head(flat.to(tl.int64), flat // num_heads, flat % num_heads), program % programs
+def _head_of(program, programs, x, NUM_GLOBALS: tl.constexpr):
+    number = program // programs  # divided in 32 bits, which takes a few instructions, not dozens
+    sequence, index, rest = number // x.num_heads, number % x.num_heads, program % programs
+    number = number.to(tl.int64)
+    if x.cu_ptr is None:
+        return Head(number, sequence, index, number, sequence, 0, x.num_tokens, x.length), rest
+    else:
+        row = tl.load(x.cu_ptr + sequence).to(tl.int64)
+        num_tokens = (tl.load(x.cu_ptr + sequence + 1) - row).to(tl.int32) - NUM_GLOBALS
+        return Head(index.to(tl.int64), 0 * index, index, number, sequence, row, num_tokens, x.length), rest
+
+
+@triton.jit
+def lies_past(head, position, NUM_GLOBALS: tl.constexpr):
+    """Whether what starts at a position of the head's sequence lies past it: a packed one may be shorter than others.
+
+    All does of one that has fewer rows than globals.
+    """
+    return (head.num_tokens < 0) | (position >= head.num_tokens + NUM_GLOBALS)
+
+
+@triton.jit
+def parts_of(head, part_size, num_parts, NUM_GLOBALS: tl.constexpr):
+    """How many of the parts of a sequence that a head's globals are split into it has."""
+    return tl.minimum(num_parts, tl.cdiv(head.num_tokens + NUM_GLOBALS, part_size))
 
 
 @triton.jit
 def key_head_of(head, GROUP: tl.constexpr):
     """The Head of keys that a head of queries reads, which GROUP of these share."""
-    return Head(head.flat // GROUP, head.batch, head.index // GROUP)
+    return Head(
+        head.flat // GROUP, head.batch, head.index // GROUP, head.number // GROUP, head.sequence, head.row,
+        head.num_tokens, head.length,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -135,18 +192,74 @@ def query_head_of(key_head, member, GROUP: tl.constexpr):
     if GROUP == 1:
         return key_head
     else:
-        return Head(key_head.flat * GROUP + member, key_head.batch, key_head.index * GROUP + member)
+        return Head(
+            key_head.flat * GROUP + member, key_head.batch, key_head.index * GROUP + member,
+            key_head.number * GROUP + member, key_head.sequence, key_head.row, key_head.num_tokens, key_head.length,
+        )  # fmt: skip
 
 
 @triton.jit
 def head_rows(ptr, strides, head, WIDE: tl.constexpr):
     """The Rows of one head of a (batch, heads, length, head_dim) tensor."""
-    return rows_at(ptr, strides, head.batch, head.index, WIDE)
+    return rows_at(ptr + head.row * strides[2], strides, head.batch, head.index, WIDE)
+
+
+@triton.jit
+def row_of(ptr, head, first):
+    """A pointer to the row ``first`` of a head in a (batch, heads, length) tensor."""
+    return ptr + head.flat * head.length + head.row + first
+
+
+@triton.jit
+def token_of(head, first, NUM_GLOBALS: tl.constexpr):
+    """Where the token ``first`` of a head is in a (batch, heads, tokens) tensor, which has no rows of globals.
+
+    Of packed sequences it has rows of all but one sequence's, which are not used.
+    """
+    return head.flat * (head.length - NUM_GLOBALS) + head.row + first
+
+
+@triton.jit
+def first_slot_of(head, V: tl.constexpr):
+    """The row of a head's first slot among those of all sequences.
+
+    A packed sequence's slots start where no sum over the sequences before it need be known: floor(c / B) + i blocks,
+    for its first row c and its number i, is past the last block of each of these.
+    """
+    if V.packed:
+        return (head.row // V.block + head.sequence) * V.step
+    else:
+        return 0
+
+
+@triton.jit
+def slots_of(head, num_slots, V: tl.constexpr):
+    """The number of a head's slots, of ``num_slots`` in the longest sequence."""
+    if V.packed:
+        return tl.cdiv(tl.maximum(head.num_tokens, 0), V.block) * V.step
+    else:
+        return num_slots
+
+
+@triton.jit
+def slot_keys(k_ptr, k_strides, v_ptr, v_strides, head, V: tl.constexpr):
+    """The Keys of a head's slots in two (batch, heads, slots, head_dim) tensors."""
+    first = first_slot_of(head, V)
+    return Keys(
+        rows_at(k_ptr + first * k_strides[2], k_strides, head.batch, head.index, V.is_wide),
+        rows_at(v_ptr + first * v_strides[2], v_strides, head.batch, head.index, V.is_wide),
+    )
+
+
+@triton.jit
+def index_of(index_ptr, index_stride, head, V: tl.constexpr):
+    """A pointer to a head's slots in ``index`` (batch, heads, slots)."""
+    return index_ptr + head.flat * index_stride + first_slot_of(head, V)
 
 
 @triton.jit
 def head_keys(k_ptr, k_strides, v_ptr, v_strides, head, WIDE: tl.constexpr):
-    """The Keys of one head, or what else is of keys and of values."""
+    """The Keys of one head, or what else is of keys and of values, in two (batch, heads, length, head_dim) tensors."""
     return Keys(head_rows(k_ptr, k_strides, head, WIDE), head_rows(v_ptr, v_strides, head, WIDE))
 
 
@@ -169,14 +282,15 @@ def locate_source(head, x, V: tl.constexpr):
     tokens = keys_read_by(x.k_ptr, x.k_strides, x.v_ptr, x.v_strides, head, V)
     slots = tokens
     if V.sparsity == "compressed":
-        slots = head_keys(x.sparse_k_ptr, x.sparse_strides, x.sparse_v_ptr, x.sparse_strides, head, V.is_wide)
+        slots = slot_keys(x.sparse_k_ptr, x.sparse_strides, x.sparse_v_ptr, x.sparse_strides, head, V)
     mask = mask_of(x.mask_ptr, x.mask_batch_stride, x.mask_stride, head.batch, V)
-    index_ptr = _index_of(x.index_ptr, head, x.num_slots, V)
+    index_ptr = _index_if_any(x.index_ptr, x.index_stride, head, V)
     number = head.index + V.first_head
-    num_slots = _slots_with_token(x.num_slots, x.num_tokens, number, V)
-    generator = generator_of(x.seed, x.threshold, head.flat, x.num_tokens, x.num_slots, V)
+    num_slots = _slots_with_token(slots_of(head, x.num_slots, V), head.num_tokens, number, V)
+    # a packed sequence has the draws of a padded batch
+    generator = generator_of(x.seed, x.threshold, head.number, x.num_tokens, x.num_slots, V)
     return Source(
-        tokens, slots, mask, index_ptr, number, x.num_tokens, num_slots, generator, x.scale_log2, x.kept_scale
+        tokens, slots, mask, index_ptr, number, head.num_tokens, num_slots, generator, x.scale_log2, x.kept_scale
     )  # fmt: skip
 
 
@@ -193,9 +307,9 @@ def _slots_with_token(num_slots, num_tokens, number, V: tl.constexpr):
 
 
 @triton.jit
-def _index_of(index_ptr, head, num_slots, V: tl.constexpr):
+def _index_if_any(index_ptr, index_stride, head, V: tl.constexpr):
     if V.sparsity == "indexed" or V.sparsity == "compressed":
-        return index_ptr + head.flat * num_slots
+        return index_of(index_ptr, index_stride, head, V)
     else:
         return 0  # a function cannot return the None that index_ptr is
 
@@ -217,10 +331,23 @@ def sums_rows(num_tokens, NUM_GLOBALS: tl.constexpr):
 
 
 @triton.jit
-def locate_queries(head, x, num_tokens, V: tl.constexpr):
+def sums_of(sums_ptr, sums_stride, head, NUM_GLOBALS: tl.constexpr, PACKED: tl.constexpr):
+    """A pointer to a head's ``sums``.
+
+    Those of packed sequences start as their slots do, at a multiple of SUMS_PADDED: each has its own rows of no query.
+    """
+    first = 0
+    if PACKED:
+        PADDED: tl.constexpr = first_of_tokens(NUM_GLOBALS) // SUMS_PADDED + 2
+        first = (head.row // SUMS_PADDED + head.sequence * PADDED) * SUMS_PADDED
+    return sums_ptr + 2 * (head.flat * sums_stride + first)
+
+
+@triton.jit
+def locate_queries(head, x, V: tl.constexpr):
     """The Queries of one head, in QueryTensors ``x``."""
     return Queries(
         head_rows(x.q_ptr, x.q_strides, head, V.is_wide),
         head_rows(x.dout_ptr, x.dout_strides, head, V.is_wide),
-        x.sums_ptr + head.flat * (2 * sums_rows(num_tokens, V.num_globals)),
+        sums_of(x.sums_ptr, x.sums_stride, head, V.num_globals, V.packed),
     )

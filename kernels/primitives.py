@@ -34,12 +34,17 @@ class Softmax(NamedTuple):
 
 
 class Generator(NamedTuple):
-    """What dropout draws with in one head: the head's first counter, and the counters of a group of four rows."""
+    """What dropout draws with in one head.
+
+    ``first``: the head's first counter; ``columns``: the counters of a group of four rows; ``slots``: the column of the
+    first slot.
+    """
 
     seed: Any
     threshold: Any
     first: Any
     columns: Any
+    slots: Any
 
 
 class Draws(NamedTuple):
@@ -175,14 +180,14 @@ def score_gradients(scores, dprobs, lse_log2, delta, keeps, scale_log2, kept_sca
 
 
 @triton.jit
-def generator_of(seed, threshold, flat_head, num_tokens, num_slots, V: tl.constexpr):
-    """The Generator of one head.
+def generator_of(seed, threshold, head, num_tokens, num_slots, V: tl.constexpr):
+    """The Generator of the head of that number, where the longest sequence has ``num_tokens`` and ``num_slots``.
 
     A group is four queries, of the globals or of the tokens, which start their own; each column of it is a counter.
     """
     groups = (V.num_globals + 3) // 4 + tl.cdiv(num_tokens, 4)
     columns = (V.num_globals + num_tokens + num_slots).to(tl.int64)
-    return Generator(seed, threshold, flat_head * groups * columns, columns)
+    return Generator(seed, threshold, head * groups * columns, columns, V.num_globals + num_tokens)
 
 
 @triton.jit

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .heads import head_keys
+from .heads import slot_keys, token_of
 from .primitives import is_kept, load_rows
 
 # Slots whose tokens are looked up at once.
@@ -61,13 +61,13 @@ def add_slots(
     offs_n, offs_d = first_row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     kept = is_kept(source.mask, V.num_globals, offs_n, offs_n < source.num_tokens, V)
     last = tl.minimum(first_row + BLOCK_M, source.num_tokens) - 1
-    first_token = head.flat * source.num_tokens
+    first_token = token_of(head, 0, V.num_globals)
     slots = _slots_of(offs_n, first_row, last, source, x.slot_ptr, first_token, V)
     kept = kept & (slots >= 0)
     weight = 1.0
     if V.sparsity == "compressed":
         weight = tl.load(x.weight_ptr + first_token + offs_n, mask=kept, other=0.0)[:, None]
-    dslots = head_keys(x.k_ptr, x.strides, x.v_ptr, x.strides, head, V.is_wide)
+    dslots = slot_keys(x.k_ptr, x.strides, x.v_ptr, x.strides, head, V)
     dk += weight * load_rows(dslots.k, 0, slots, kept, offs_d, V.head_dim)
     dv += weight * load_rows(dslots.v, 0, slots, kept, offs_d, V.head_dim)
     return dk, dv

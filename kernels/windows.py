@@ -247,4 +247,4 @@ def key_columns(offs_n, source, KIND: tl.constexpr, V: tl.constexpr):
     if KIND == "token":
         return offs_n
     else:
-        return V.num_globals + source.num_tokens + offs_n
+        return source.generator.slots + offs_n

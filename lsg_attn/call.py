@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -45,18 +46,24 @@ class Call:
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         """T, of a packed call that of the longest sequence."""
-        length = self.query.shape[2] if self.cu_seqlens is None else self.max_seqlen
-        return length - self.pattern.num_global_tokens
+        if self.cu_seqlens is None:
+            return self.query.shape[2] - self.pattern.num_global_tokens
+        return max(self.max_seqlen - self.pattern.num_global_tokens, 0)
 
     @property
+    def num_sequences(self) -> int:
+        """The batch, or how many sequences are packed."""
+        return int(self.query.shape[0]) if self.cu_seqlens is None else len(self.cu_seqlens) - 1
+
+    @cached_property
     def num_slots(self) -> int:
-        """Compressed keys of each head."""
+        """Compressed keys of each head, of a packed call those of the longest sequence."""
         return self.pattern.num_slots(self.num_tokens)
 
-    @property
+    @cached_property
     def rule(self) -> CompressionRule:
         """The compression that takes place, that of ``"none"`` where there are no slots."""
         return self.pattern.rule if self.num_slots else RULES["none"]

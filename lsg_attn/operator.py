@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from .blockwise.attention import blockwise_backward, blockwise_forward
 from .call import Call
 from .checks import refuse_second_derivative
-from .fused.results import Saved, allocate, to_save
+from .fused.results import Saved, allocate_saved, to_save
 from .packing import attend_each, sequences
 from .pattern import LSGPattern
 
@@ -66,7 +67,10 @@ def _call(
     """The operator's arguments as a call."""
     inputs = (query, key, value, attention_mask, seed, tuple(projections or ()))
     *of_pattern, first_head = fields
-    return Call(*inputs, dropout_p, scale, LSGPattern(*of_pattern), first_head, cu_seqlens, max_seqlen)
+    return Call(*inputs, dropout_p, scale, _pattern(*of_pattern), first_head, cu_seqlens, max_seqlen)
+
+
+_pattern = lru_cache(maxsize=32)(LSGPattern)  # whose checks take as long as a small tensor operator
 
 
 def _attention(*arguments: Any) -> list[Tensor]:
@@ -112,7 +116,7 @@ def _attention_fake(*arguments: Any) -> list[Tensor]:
     """Shapes, dtypes and strides of what the operator returns."""
     call = _call(*arguments)
     if call.query.is_cuda:
-        return list(to_save(call, allocate(call)))
+        return list(allocate_saved(call))
     batch, heads, length, head_dim = call.query.shape
     out = call.query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
     return [out, call.query.new_empty(batch, heads, length, dtype=torch.promote_types(out.dtype, torch.float32))]

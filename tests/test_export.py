@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from lsg_attn import SPARSITY_TYPES, LSGAttention, LSGPattern, lsg_attention
+from lsg_attn.call import Call
+from lsg_attn.fused.results import allocate, allocate_saved, to_save
 
 
 @pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
@@ -50,6 +53,23 @@ def test_meta_and_fake_tensors_have_shapes(implementation):
     for got in found:
         for x, y in zip(got, expected, strict=True):
             assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("sparsity_type", SPARSITY_TYPES)
+def test_what_the_kernels_save_has_one_shape_for_all_lengths(sparsity_type, packed):
+    """Nothing is asked of a length that is a symbol, and for numbers the shapes are what the kernels' results have."""
+    pattern, environment = LSGPattern(16, 16, 2, sparsity_type, 1), ShapeEnv()
+    dynamic = StatelessSymbolicContext([DimDynamic.STATIC, DimDynamic.STATIC, DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    sequences = (torch.tensor([0, 40, 100]), 60) if packed else (None, 0)
+    real = torch.empty(1, 4, 100, 8)
+    with FakeTensorMode(shape_env=environment) as mode:
+        x = mode.from_tensor(real, symbolic_context=dynamic)
+        found = allocate_saved(Call(x, x, x, None, None, (), 0.0, 1.0, pattern, 0, *sequences))
+    assert environment.guards == []
+    call = Call(real, real, real, None, None, (), 0.0, 1.0, pattern, 0, *sequences)
+    for got, saved in zip(found, to_save(call, allocate(call)), strict=True):
+        assert [int(n) for n in got.shape] == list(saved.shape)
 
 
 def to_onnx(module, example, path):

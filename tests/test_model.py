@@ -13,7 +13,13 @@ from lsg_attn.reference import visible_slots, visible_tokens
 
 @pytest.mark.parametrize("tokens", [1, 32, 33, 100, 250])
 @pytest.mark.parametrize(
-    "pattern", [LSGPattern(16, 16, 4), LSGPattern(16, 200, 2, "pooling", 5), LSGPattern(16, 0, 2, num_global_tokens=0)]
+    "pattern",
+    [
+        LSGPattern(16, 16, 4),
+        LSGPattern(16, 200, 2, "pooling", 5),
+        LSGPattern(16, 0, 2, num_global_tokens=0),
+        LSGPattern(16, 24, 2, num_global_tokens=3, causal=True),
+    ],
 )
 def test_num_scores_equals_the_dense_masks(pattern, tokens):
     length = pattern.num_global_tokens + tokens
@@ -39,8 +45,22 @@ def test_floors_of_a_backward():
     assert got.bytes_moved == 6 * 101 * (8 * 2 * 64 + 4)
     # two sums of each query, in multiples of 128 rows and 128 more; a part of each gradient of the global
     assert got.bytes_scratch == 6 * 4 * (2 * (128 + 128 + 128) + 3 * 64)
-    assert got.bytes_saved == 6 * 4 * 101  # lse
+    assert got.bytes_saved == 6 * 4 * (101 + 64)  # lse, and a block's slots, which a dense call leaves out
     assert got.launches == ("_lsg_bwd_sums_kernel", "_lsg_bwd_dq_dkv_kernel", "_lsg_bwd_combine_kernel")
+
+
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_packed_sequences_cost_their_tokens(is_backward):
+    """Eight short sequences and a long one, which a batch would pad to nine times as many rows."""
+    pattern, long, short = LSGPattern(), 1 + 8192, 1 + 512
+    options = (torch.bfloat16, "sm_90", is_backward)
+    packed = model(pattern, (9, 16, long, 64), *options, lengths=[long, *[short] * 8])
+    padded, one, other = (model(pattern, (n, 16, rows, 64), *options) for n, rows in ((9, long), (1, long), (8, short)))
+    assert packed.flops == one.flops + other.flops
+    assert packed.bytes_moved == pytest.approx(one.bytes_moved + other.bytes_moved, rel=0.01)
+    # a forward of norm has only parts of the globals there, as many for each sequence as for the longest
+    assert packed.bytes_scratch <= padded.bytes_scratch / (4 if is_backward else 1)
+    assert packed.launches == padded.launches
 
 
 @pytest.mark.parametrize("is_backward", [False, True])

@@ -48,7 +48,6 @@ def arguments(pattern, dropout_p=0.0, scale=0.3):
         ({"head_dim": 257}, "head_dim is 257, the kernels take up to 256"),
         ({"pattern": LSGPattern(num_global_tokens=513)}, "num_global_tokens is 513, the kernels take up to 512"),
         ({"pattern": LSGPattern(256, 256, 2, "lsh")}, "= 256 tokens, the kernels up to 128"),
-        ({"cu_seqlens": torch.tensor([0, 600])}, "the sequences are packed, the kernels take none so far"),
         ({"scale": 0.0}, "scale is 0.0, the kernels take one above 0"),
         ({"capability": (7, 5)}, "compute capability is 7.5, the kernels need 8.0"),
         ({"has_triton": False}, "triton is not installed"),
@@ -64,8 +63,7 @@ def test_each_reason_is_named_alone(change, reason, monkeypatch):
     monkeypatch.setattr("lsg_attn.fused.limits._TRITON", case["triton"])
     x = torch.zeros(1, 1, 600, case["head_dim"], dtype=case["dtype"])
     x = x.as_subclass(OnAGPU)
-    call = call_of(x, x, x, case["pattern"], scale=case["scale"])
-    (got,) = unsupported_reasons(replace(call, cu_seqlens=case.get("cu_seqlens")))
+    (got,) = unsupported_reasons(call_of(x, x, x, case["pattern"], scale=case["scale"]))
     assert reason in got
 
 

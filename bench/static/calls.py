@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -31,12 +31,14 @@ class PlannedCall:
     num_globals: int = 1
     causal: bool = False
     group: int = 1
+    packed: bool = False
 
     @property
     def name(self) -> str:
         """The sparsity type, and what sets the call apart from most: "norm causal"."""
         shared = [f"{self.group} heads share keys"] if self.group > 1 else []
-        return " ".join([self.sparsity_type, *(["causal"] if self.causal else []), *shared])
+        others = [name for name in ("causal", "packed") if getattr(self, name)]
+        return " ".join([self.sparsity_type, *others, *shared])
 
     @property
     def is_supported(self) -> bool:
@@ -48,8 +50,10 @@ class PlannedCall:
         """The launches, each with its pass: "forward" or "backward"."""
         sizes = (self.block_size, self.block_size)
         pattern = LSGPattern(*sizes, 2, self.sparsity_type, self.num_globals, causal=self.causal)
-        shape = (2, 16, self.num_globals + 4096, self.head_dim)
-        call = meta_call(pattern, shape, self.dtype, self.has_mask, self.has_dropout, self.group)
+        batch, heads, length = 2, 16, self.num_globals + 4096
+        lengths = [length] * batch if self.packed else ()
+        options = (self.dtype, self.has_mask, self.has_dropout, self.group, lengths)
+        call = meta_call(pattern, (batch, heads, length, self.head_dim), *options)
         forward, backward = meta_passes(call, self.target)
         launches = [("forward", launch) for launch in forward.launches]
         if self.has_backward:
@@ -133,8 +137,8 @@ def planned_calls(subset: str, targets: Sequence[str]) -> Iterator[PlannedCall]:
 
     "quick": bfloat16, head_dim 64, a mask; "ci": all dtypes, and for bfloat16 also dropout; "all": every combination
     with head_dim 64 and 128, with and without a mask and dropout, for the default pattern. "all" also has some calls
-    with blocks smaller than a tile, many globals, and head_dim 256, some that are causal, and some whose heads share
-    keys. Only some have a backward: see :func:`_has_backward`.
+    with blocks smaller than a tile, many globals, and head_dim 256, some that are causal, some whose heads share keys,
+    and some of packed sequences. Only some have a backward: see :func:`_has_backward`.
     """
     return (call for call in _every_call(subset, targets) if call.is_supported)
 
@@ -157,8 +161,13 @@ def _every_call(subset: str, targets: Sequence[str]) -> Iterator[PlannedCall]:
             for head_dim, block_size, num_globals in ((64, 32, 1), (128, 128, 200), (256, 128, 1)):
                 common = (sparsity_type, dtype, head_dim, True, has_dropout, target, not has_dropout)
                 yield PlannedCall(*common, block_size, num_globals)
-        for head_dim, target, (causal, group) in itertools.product((64, 128), targets, ((True, 1), (False, 4))):
-            yield PlannedCall("norm", torch.bfloat16, head_dim, True, False, target, causal=causal, group=group)
+        for head_dim, target in itertools.product((64, 128), targets):
+            masked = PlannedCall("norm", torch.bfloat16, head_dim, True, False, target)
+            packed = replace(masked, has_mask=False, packed=True)
+            yield replace(masked, causal=True)
+            yield replace(masked, group=4)
+            yield packed
+            yield replace(packed, sparsity_type="bos_pooling")
 
 
 def _has_backward(subset: str, dtype: torch.dtype, head_dim: int, has_mask: bool, has_dropout: bool) -> bool:

@@ -75,18 +75,21 @@ def _tensors(launches: Sequence[Launch]) -> list[torch.Tensor]:
 
 
 def model(
-    pattern: LSGPattern, shape: tuple[int, int, int, int], dtype: torch.dtype, target: str, is_backward: bool = False
-) -> Model:
+    pattern: LSGPattern, shape: tuple[int, int, int, int], dtype: torch.dtype, target: str, is_backward: bool = False,
+    lengths: Sequence[int] = (),
+) -> Model:  # fmt: skip
     """The model of a forward, or of its backward, on queries of ``shape`` (batch, heads, G+T, head_dim).
 
-    The call has no mask and no dropout.
+    The call has no mask and no dropout. ``lengths``: G+T of each packed sequence, in place of the shape's batch and
+    length.
     """
-    batch, heads, _, head_dim = shape
-    call = meta_call(pattern, shape, dtype, has_mask=False, has_dropout=False)
+    batch, heads, length, head_dim = shape
+    call = meta_call(pattern, shape, dtype, has_mask=False, has_dropout=False, lengths=lengths)
     forward, backward = meta_passes(call, target)
     launches, inputs, outputs = backward if is_backward else forward
     products = BACKWARD_PRODUCTS if is_backward else PRODUCTS
-    flops = 2 * products * head_dim * batch * heads * num_scores(pattern, call.num_tokens)
+    scores = sum(num_scores(pattern, n - pattern.num_global_tokens) for n in lengths or [length] * batch)
+    flops = 2 * products * head_dim * heads * scores
     # Scratch between launches may stay in a cache, and so may a tensor that two launches read: bytes are a lower bound.
     is_kept = {id(x) for x in (*inputs, *outputs)}
     sizes = [(id(x) in is_kept, x.nbytes) for x in _tensors(launches)]
@@ -111,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--types", nargs="+", default=list(SPARSITY_TYPES), choices=SPARSITY_TYPES)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--backward", action="store_true", help="model the backward instead of the forward")
+    parser.add_argument("--causal", action="store_true", help="of a causal pattern")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[], help="the tokens of each packed sequence")
     sizes = {"batch": 1, "heads": 16, "tokens": 4096, "head-dim": 64}
     sizes |= {"block-size": 128, "sparse-block-size": 128, "sparsity-factor": 2, "num-global-tokens": 1}
     for name, default in sizes.items():
@@ -118,7 +123,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     shape = options.batch, options.heads, options.num_global_tokens + options.tokens, options.head_dim
     name = "backward" if options.backward else "forward"
-    title = f"{name} of {shape} {options.dtype}: lower bounds from data sheets, not times"
+    lengths = [options.num_global_tokens + tokens for tokens in options.lengths]
+    what = f"packed sequences of {lengths}" if lengths else str(shape)
+    title = f"{name} of {what} {options.dtype}: lower bounds from data sheets, not times"
     names = ("type", "GPU", "launches", "GFLOP", "MB moved", "MB scratch", "MB saved", "compute us", "memory us")
     table = Table(*names, title=title)
     for sparsity_type in options.types:
@@ -128,9 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sparsity_factor=options.sparsity_factor,
             sparsity_type=sparsity_type,
             num_global_tokens=options.num_global_tokens,
+            causal=options.causal,
         )
         for target in options.target:
-            row = model(pattern, shape, getattr(torch, options.dtype), target, options.backward)
+            row = model(pattern, shape, getattr(torch, options.dtype), target, options.backward, lengths)
             counts = (row.flops / 1e9, row.bytes_moved / 1e6, row.bytes_scratch / 1e6, row.bytes_saved / 1e6)
             numbers = (f"{x:.1f}" for x in (*counts, row.compute_us, row.memory_us))
             gpu = f"{DATA_SHEETS[target].name} ({target})"

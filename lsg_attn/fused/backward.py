@@ -6,20 +6,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton import cdiv
 
 from ..call import Call
 from ..kernels.backward import _lsg_bwd_dq_dkv_kernel, _lsg_bwd_slots_kernel
 from ..kernels.heads import SUMS_PADDED
 from ..kernels.reduce import _lsg_bwd_combine_kernel, _lsg_bwd_sums_kernel, _lsg_bwd_weights_kernel
 from .compress import plan_compression
-from .launch import COMBINED, Launch, attention_arguments, block_d, key_arguments, run_on, split_globals
-from .results import Results, Saved, restore
+from .launch import COMBINED, Launch, attention_arguments, block_d, cdiv, key_arguments, run_on, split_globals
+from .results import Results, Saved, restore, slot_rows, token_rows
 from .schedules import COMBINE, SUMS, WEIGHTS, Schedule, backward_schedule, hides_by_branch, target_of
 from .variant import variant_of, without_scores
 
 # ``sums`` has its rows in multiples of so many, see kernels/heads.py.
-_PADDED = SUMS_PADDED.value
+_PADDED = int(SUMS_PADDED.value)
 # Rows whose products with dout are summed, and tokens whose weights are differentiated at a time.
 _SUMMED, _WEIGHED = 64, 32
 
@@ -58,16 +57,16 @@ def plan_backward(
     hash again. ``schedule``: for a tool that tries others than the table's.
     """
     query, variant = call.query, variant_of(call, dout)
-    batch, heads, _, head_dim = query.shape
+    heads, head_dim = query.shape[1], query.shape[3]
     if schedule is None:
         schedule = backward_schedule(target, query.dtype, head_dim, variant.has_dropout, variant.causal)
-    padded = sum(cdiv(rows, _PADDED) for rows in (call.pattern.num_global_tokens, call.num_tokens)) + 1
-    sums = _scratch(call, batch, heads, padded * _PADDED, 2)
-    dslot = _scratch(call, 2, batch, heads, call.num_slots, head_dim)
+    sums = _scratch(call, query.shape[0], heads, _sums_rows(call), 2)
+    dslot = _scratch(call, 2, query.shape[0], heads, slot_rows(call) if call.num_slots else 0, head_dim)
     attention = {
         **attention_arguments(call, results, variant),
         "dout_ptr": dout,
         "sums_ptr": sums,
+        "sums_stride": sums.shape[2],
         "dslot_k_ptr": dslot[0],
         "dslot_v_ptr": dslot[1],
         "dout_strides": dout.stride(),
@@ -81,7 +80,7 @@ def plan_backward(
         _plan_sums(call, results, dout, dlse, sums),
         Launch(
             _lsg_bwd_slots_kernel,
-            batch * heads * cdiv(call.num_slots, schedule.block_m),
+            call.num_sequences * heads * cdiv(call.num_slots, schedule.block_m),
             attention,
             schedule.tuning,
         ),
@@ -95,41 +94,55 @@ def _scratch(call: Call, *shape: int) -> Tensor:
     return call.query.new_empty(shape, dtype=torch.float32)
 
 
+def _sums_rows(call: Call) -> int:
+    """Rows of sums in a head, see ``sums_rows`` and ``sums_of`` in kernels/heads.py."""
+    of_globals = cdiv(call.pattern.num_global_tokens, _PADDED)
+    if call.cu_seqlens is None:
+        blocks = of_globals + cdiv(call.num_tokens, _PADDED) + 1
+    else:
+        blocks = call.query.shape[2] // _PADDED + call.num_sequences * (of_globals + 2)
+    return blocks * _PADDED
+
+
 def _plan_sums(call: Call, results: Results, dout: Tensor, dlse: Tensor | None, sums: Tensor) -> Launch:
-    batch, heads, rows, _ = sums.shape
+    heads, num_globals = call.query.shape[1], call.pattern.num_global_tokens
+    rows = (cdiv(num_globals, _PADDED) + cdiv(call.num_tokens, _PADDED) + 1) * _PADDED  # of the longest sequence
     arguments = {
         "out_ptr": results.out,
         "dout_ptr": dout,
         "lse_ptr": results.lse,
         "dlse_ptr": None if dlse is None else dlse.contiguous(),
+        "cu_ptr": call.cu_seqlens,
         "sums_ptr": sums,
         "out_strides": results.out.stride(),
         "dout_strides": dout.stride(),
+        "sums_stride": sums.shape[2],
         "num_heads": heads,
         "num_tokens": call.num_tokens,
-        "NUM_GLOBALS": call.pattern.num_global_tokens,
+        "length": call.query.shape[2],
+        "NUM_GLOBALS": num_globals,
         "HEAD_DIM": call.query.shape[3],
         "BLOCK_M": _SUMMED,
         "BLOCK_D": block_d(call),
     }
-    return Launch(_lsg_bwd_sums_kernel, batch * heads * (rows // _SUMMED), arguments, SUMS)
+    return Launch(_lsg_bwd_sums_kernel, call.num_sequences * heads * (rows // _SUMMED), arguments, SUMS)
 
 
 def _plan_weights(call: Call, results: Results, attention: dict[str, Any]) -> Launch:
     """The launch that brings gradients to the scores of the first token's query, which give tokens their weights."""
     batch, heads, _, head_dim = call.query.shape
-    tiles = cdiv(call.num_tokens, _WEIGHED)
+    tiles, programs = cdiv(call.num_tokens, _WEIGHED), call.num_sequences * heads
     arguments = {
         **key_arguments(call),
         **{name: attention[name] for name in ("sparse_k_ptr", "sparse_v_ptr", "sparse_strides", "scale_log2")},
         **{name: attention[name] for name in ("dslot_k_ptr", "dslot_v_ptr", "slot_strides", "BLOCK_D")},
         "weight_ptr": results.weight,
-        "dscore_ptr": _scratch(call, batch, heads, call.num_tokens),
-        "bos_part_ptr": _scratch(call, batch * heads, tiles, head_dim),
+        "dscore_ptr": _scratch(call, batch, heads, token_rows(call)),
+        "bos_part_ptr": _scratch(call, programs, tiles, head_dim),
         "V": without_scores(attention["V"]),
         "BLOCK_M": _WEIGHED,
     }
-    return Launch(_lsg_bwd_weights_kernel, batch * heads * tiles, arguments, WEIGHTS)
+    return Launch(_lsg_bwd_weights_kernel, programs * tiles, arguments, WEIGHTS)
 
 
 def _plan_gradients(
@@ -138,9 +151,10 @@ def _plan_gradients(
 ) -> list[Launch]:  # fmt: skip
     """The launch of dq, dk and dv, and the combine of what that, and the launch of weights, leave in parts."""
     bos_part = None if weights is None else weights.arguments["bos_part_ptr"]
-    batch, heads, length, head_dim = call.query.shape
+    batch, heads, head_dim = call.num_sequences, call.query.shape[1], call.query.shape[3]
     num_globals, variant = call.pattern.num_global_tokens, attention["V"]
-    split, tiles = split_globals(call, schedule.block_m, length), cdiv(call.num_tokens, schedule.block_m)
+    split = split_globals(call, schedule.block_m, num_globals + call.num_tokens)
+    tiles = cdiv(call.num_tokens, schedule.block_m)
     part = _scratch(call, 3, batch * heads, split.num_parts, num_globals, head_dim)
     outputs = {
         "dq_ptr": gradients.query,
@@ -153,7 +167,9 @@ def _plan_gradients(
         "dk_strides": gradients.key.stride(),
         "dv_strides": gradients.value.stride(),
         "part_strides": part[0].stride(),
+        **{name: attention[name] for name in ("cu_ptr", "num_tokens", "length")},
         "num_heads": heads,
+        "part_size": split.part_size,
         "num_parts": split.num_parts,
     }
     dq_dkv = {
@@ -163,7 +179,6 @@ def _plan_gradients(
         "batch": batch,
         "slot_ptr": results.slot if call.rule.saved == "slot" else None,
         "dscore_ptr": None if weights is None else weights.arguments["dscore_ptr"],
-        "part_size": split.part_size,
         "BLOCK_G": split.block,
         "BRANCH": hides_by_branch(target, call.query.dtype),
     }
@@ -174,6 +189,7 @@ def _plan_gradients(
         "NUM_GLOBALS": num_globals,
         "GROUP": variant.group,
         "HEAD_DIM": head_dim,
+        "BLOCK_T": _WEIGHED,
         "BLOCK_N": COMBINED,
         "BLOCK_D": attention["BLOCK_D"],
     }

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton import cdiv, next_power_of_2
 
 from ..call import Call
 from ..compression import lsh_directions
 from ..kernels.compress import _lsg_lsh_kernel, _lsg_norm_kernel, _lsg_pool_kernel
 from ..pattern import LSGPattern
-from .launch import Launch, block_d, key_arguments, scale_log2
+from .launch import Launch, block_d, cdiv, key_arguments, next_power_of_2, scale_log2
 from .results import Results
 from .schedules import NORM, POOL, lsh_tuning
 from .variant import variant_of, without_scores
@@ -93,7 +92,8 @@ def _arguments(call: Call, results: Results) -> dict[str, Any]:
     """What every compression kernel is given."""
     # The kernels of a compression do not depend on how the attention kernel finds its keys.
     variant = without_scores(variant_of(call))._replace(sparsity=call.rule.name)
-    return {**key_arguments(call), "V": variant, "index_ptr": results.slot_index}
+    index = results.slot_index
+    return {**key_arguments(call), "V": variant, "index_ptr": index, "index_stride": index.stride(1)}
 
 
 def _outputs(results: Results) -> dict[str, Any]:
@@ -106,10 +106,10 @@ def _outputs(results: Results) -> dict[str, Any]:
 
 
 def _num_heads(call: Call) -> int:
-    """Heads of all the batch."""
-    return call.query.shape[0] * call.query.shape[1]
+    """Heads of all sequences."""
+    return call.num_sequences * int(call.query.shape[1])
 
 
 def _num_chunks(call: Call) -> int:
-    """Chunks of tokens in all heads; each gives c // f slots."""
+    """Chunks of tokens in all heads, as many in each as in the longest sequence; each gives c // f slots."""
     return _num_heads(call) * (call.num_slots * call.pattern.sparsity_factor // call.pattern.chunk)

@@ -6,12 +6,11 @@ Planning is apart from running, so that tools can count launches, and compile th
 from __future__ import annotations
 
 import torch
-from triton import cdiv
 
 from ..call import Call
 from ..kernels.forward import _lsg_fwd_combine_kernel, _lsg_fwd_kernel
 from .compress import directions_of, plan_compression
-from .launch import COMBINED, Launch, attention_arguments, run_on, split_globals
+from .launch import COMBINED, Launch, attention_arguments, cdiv, run_on, split_globals
 from .results import Results, allocate
 from .schedules import COMBINE, Schedule, forward_schedule, hides_by_branch, target_of
 from .variant import Variant, variant_of
@@ -43,9 +42,9 @@ def _plan_attention(
     call: Call, results: Results, variant: Variant, target: str, schedule: Schedule
 ) -> list[Launch]:  # fmt: skip
     query, pattern = call.query, call.pattern
-    batch, heads, length, head_dim = query.shape
+    batch, heads, head_dim = call.num_sequences, query.shape[1], query.shape[3]
     num_globals = pattern.num_global_tokens
-    split = split_globals(call, schedule.block_m, num_globals if pattern.causal else length)
+    split = split_globals(call, schedule.block_m, num_globals + (0 if pattern.causal else call.num_tokens))
     part = query.new_empty(batch * heads, split.num_parts, num_globals, head_dim, dtype=torch.float32)
     shared = attention_arguments(call, results, variant)
     outputs = {
@@ -55,10 +54,10 @@ def _plan_attention(
         "part_lse_ptr": part.new_empty(batch * heads, split.num_parts, num_globals),
         "out_strides": results.out.stride(),
         "part_strides": part.stride(),
-        "kept_scale": shared["kept_scale"],
+        **{name: shared[name] for name in ("kept_scale", "cu_ptr", "num_tokens", "length", "BLOCK_D")},
         "num_heads": heads,
+        "part_size": split.part_size,
         "num_parts": split.num_parts,
-        "BLOCK_D": shared["BLOCK_D"],
     }
     tiles = {
         "BLOCK_M": schedule.block_m,
@@ -66,8 +65,8 @@ def _plan_attention(
         "BLOCK_G": split.block,
         "BRANCH": hides_by_branch(target, query.dtype),
     }
-    attention = {**shared, **outputs, "batch": batch, "part_size": split.part_size, **tiles}
-    combine = {**outputs, "length": length, "NUM_GLOBALS": num_globals, "HEAD_DIM": head_dim, "BLOCK_N": COMBINED}
+    attention = {**shared, **outputs, "batch": batch, **tiles}
+    combine = {**outputs, "NUM_GLOBALS": num_globals, "HEAD_DIM": head_dim, "BLOCK_N": COMBINED}
     programs = batch * heads * (split.programs + cdiv(call.num_tokens, schedule.block_m))
     return [
         Launch(_lsg_fwd_kernel, programs, attention, schedule.tuning),

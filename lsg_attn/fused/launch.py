@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from triton import cdiv, next_power_of_2
 
 from ..call import Call
 from .results import Results
@@ -56,6 +55,7 @@ def key_arguments(call: Call) -> dict[str, Any]:
         "k_ptr": call.key,
         "v_ptr": call.value,
         "mask_ptr": mask,
+        "cu_ptr": call.cu_seqlens,
         "k_strides": call.key.stride(),
         "v_strides": call.value.stride(),
         "mask_batch_stride": None if mask is None else mask.stride(0),
@@ -63,6 +63,7 @@ def key_arguments(call: Call) -> dict[str, Any]:
         "num_heads": call.query.shape[1],
         "num_tokens": call.num_tokens,
         "num_slots": call.num_slots,
+        "length": call.query.shape[2],
     }
 
 
@@ -74,6 +75,7 @@ def attention_arguments(call: Call, results: Results, variant: Variant) -> dict[
         "q_ptr": call.query,
         "q_strides": call.query.stride(),
         "index_ptr": results.slot_index if is_compressed or variant.sparsity == "indexed" else None,
+        "index_stride": results.slot_index.stride(1),
         "sparse_k_ptr": results.sparse_key if is_compressed else None,
         "sparse_v_ptr": results.sparse_value if is_compressed else None,
         "sparse_strides": results.sparse_key.stride() if is_compressed else None,
@@ -86,6 +88,16 @@ def attention_arguments(call: Call, results: Results, variant: Variant) -> dict[
     }
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own takes as long as a small tensor operator."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is n, which is above 0, or more."""
+    return 1 << (n - 1).bit_length()
+
+
 def scale_log2(call: Call) -> float:
     """The scale of scores that are exponents of two."""
     return call.scale * math.log2(math.e)
@@ -93,7 +105,7 @@ def scale_log2(call: Call) -> float:
 
 def block_d(call: Call) -> int:
     """head_dim as a tile has it."""
-    return int(max(16, next_power_of_2(call.query.shape[3])))
+    return max(16, next_power_of_2(call.query.shape[3]))
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,7 @@ class Globals:
 def split_globals(call: Call, block_m: int, positions: int) -> Globals:
     """The split of the first ``positions`` of the sequence, where tiles of tokens have ``block_m`` rows."""
     num_globals = call.pattern.num_global_tokens
-    block = int(min(block_m, max(16, next_power_of_2(num_globals))))
+    block = min(block_m, max(16, next_power_of_2(max(num_globals, 1))))
     tiles = cdiv(num_globals, block)
     part_size = _PART * max(tiles, 1)
     return Globals(block, tiles, part_size, cdiv(positions, part_size) if num_globals else 0)

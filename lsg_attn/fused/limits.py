@@ -55,8 +55,6 @@ def unsupported_reasons(call: Call) -> list[str]:
     if pattern.rule.is_hashed and pattern.chunk > _MAX_HASHED:
         chunk = f"min(block_size, sparse_block_size) = {pattern.chunk}"
         reasons.append(f"lsh hashes chunks of {chunk} tokens, the kernels up to {_MAX_HASHED}")
-    if call.cu_seqlens is not None:
-        reasons.append("the sequences are packed, the kernels take none so far")
     if call.scale <= 0:
         reasons.append(f"scale is {call.scale}, the kernels take one above 0")
     if has_tangent(call):

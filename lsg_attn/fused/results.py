@@ -13,6 +13,8 @@ from ..call import Call
 class Results(NamedTuple):
     """What the kernels of a forward write.
 
+    Slots and T are those of :func:`slot_rows` and :func:`token_rows` where sequences are packed.
+
     Attributes:
         out: (batch, heads, G+T, head_dim) of query's dtype; (batch, G+T, heads, head_dim) in memory, as an output
             projection wants it.
@@ -39,7 +41,7 @@ class Saved(NamedTuple):
 
     Attributes:
         out, lse: as in :class:`Results`.
-        choice: the result that took time to choose, the ``saved`` of the call's rule. Else empty.
+        choice: the result that took time to choose, the ``saved`` of the pattern's rule. Else empty.
     """
 
     out: Tensor
@@ -47,35 +49,61 @@ class Saved(NamedTuple):
     choice: Tensor
 
 
+def slot_rows(call: Call) -> int:
+    """Rows of slots in a head of a call that has slots.
+
+    Of packed sequences, enough that each has its own where ``first_slot_of`` in kernels/heads.py says.
+    """
+    pattern = call.pattern
+    if call.cu_seqlens is None:
+        return pattern.num_blocks(call.num_tokens) * pattern.step
+    return (call.query.shape[2] // pattern.block_size + call.num_sequences) * pattern.step
+
+
+def token_rows(call: Call) -> int:
+    """Rows of tokens in a head; of packed sequences, with rows of the globals of all but one of them."""
+    rows = call.query.shape[2] - call.pattern.num_global_tokens
+    return rows if call.cu_seqlens is None else torch.sym_max(rows, 0)
+
+
 def to_save(call: Call, results: Results) -> Saved:
     """What to keep of the results of ``call``."""
-    return Saved(results.out, results.lse, getattr(results, call.rule.saved or "slot"))
+    return Saved(results.out, results.lse, getattr(results, call.pattern.rule.saved or "slot"))
 
 
 def allocate(call: Call) -> Results:
     """Uninitialised results of ``call``, on its device."""
+    return restore(call, allocate_saved(call))
+
+
+def allocate_saved(call: Call) -> Saved:
+    """What is kept of the results of ``call``, uninitialised.
+
+    Its shapes are the same expressions for every length, as a graph for any length needs them: where attention is
+    dense, no kernel writes ``choice``.
+    """
     batch, heads, length, head_dim = call.query.shape
-    chosen = {"slot_index": call.num_slots, "slot": call.num_tokens, None: 0}[call.rule.saved]
-    new = call.query.new_empty
-    saved = Saved(
+    saved, new = call.pattern.rule.saved, call.query.new_empty
+    chosen = 0 if saved is None else slot_rows(call) if saved == "slot_index" else token_rows(call)
+    return Saved(
         out=new(batch, length, heads, head_dim).transpose(1, 2),
         lse=new(batch, heads, length, dtype=torch.float32),
         choice=new(batch, heads, chosen, dtype=torch.int32),
     )
-    return restore(call, saved)
 
 
 def restore(call: Call, saved: Saved) -> Results:
     """The results of ``call`` that ``saved`` was kept of; the others are uninitialised."""
     batch, heads, _, head_dim = call.query.shape
-    slots, tokens = (call.num_slots, call.num_tokens) if call.rule.lookup == "compressed" else (0, 0)
+    saved_as = call.pattern.rule.saved
+    slots, tokens = (slot_rows(call), token_rows(call)) if call.rule.lookup == "compressed" else (0, 0)
     new = call.query.new_empty
     return Results(
         out=saved.out,
         lse=saved.lse,
-        slot_index=saved.choice if call.rule.saved == "slot_index" else new(batch, heads, slots, dtype=torch.int32),
+        slot_index=saved.choice if saved_as == "slot_index" else new(batch, heads, slots, dtype=torch.int32),
         sparse_key=new(batch, heads, slots, head_dim),
         sparse_value=new(batch, heads, slots, head_dim),
         weight=new(batch, heads, tokens, dtype=torch.float32),
-        slot=saved.choice if call.rule.saved == "slot" else new(batch, heads, 0, dtype=torch.int32),
+        slot=saved.choice if saved_as == "slot" else new(batch, heads, 0, dtype=torch.int32),
     )

@@ -22,6 +22,7 @@ class Variant(NamedTuple):
         group: how many heads of queries read one of keys.
         first_head: what the first head counts as, modulo f, where heads choose other tokens; else 0.
         is_wide: whether an offset within a head of a tensor may pass 2^31.
+        packed: whether sequences are rows of the tensors, one after the other.
     """
 
     sparsity: str
@@ -39,6 +40,7 @@ class Variant(NamedTuple):
     group: int
     first_head: int
     is_wide: bool
+    packed: bool
 
 
 # Blocks of this many tokens and reaches of this many slots are longer than any sequence, and what is added to them, not
@@ -67,6 +69,7 @@ def variant_of(call: Call, *others: Tensor) -> Variant:
         group=call.query.shape[1] // call.key.shape[1],
         first_head=call.first_head % pattern.sparsity_factor if call.rule.varies_by_head else 0,
         is_wide=_is_wide(call, others),
+        packed=call.cu_seqlens is not None,
     )
 
 

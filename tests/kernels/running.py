@@ -100,7 +100,8 @@ def run_forward(call):
 
 
 def call_of(
-    inputs, pattern, attention_mask="inputs", dropout_p=0.0, seed=0, scale=None, directions=None, first_head=0
+    inputs, pattern, attention_mask="inputs", dropout_p=0.0, seed=0, scale=None, directions=None, first_head=0,
+    cu_seqlens=None, max_seqlen=0,
 ):  # fmt: skip
     """The call on a GPU; ``attention_mask``: the inputs' own by default, or another, or None."""
     query, key, value, _, mask = (x.to(DEVICE) for x in inputs)
@@ -110,7 +111,9 @@ def call_of(
     scale = head_dim**-0.5 if scale is None else scale
     directions = tuple(x.to(DEVICE) for x in directions)
     seed = torch.tensor(seed) if dropout_p else None
-    return Call(query, key, value, mask, seed, directions, dropout_p, scale, pattern, first_head)
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(DEVICE)
+    options = (dropout_p, scale, pattern, first_head, cu_seqlens, max_seqlen)
+    return Call(query, key, value, mask, seed, directions, *options)
 
 
 def use_parts_of(positions, monkeypatch):
