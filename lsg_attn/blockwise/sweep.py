@@ -235,9 +235,9 @@ class Sweep:
         heads, length, head_dim = key.shape
         slots = self.work.empty("slots", 2, heads, self.layout.num_slots, head_dim, dtype=key.dtype)
         first = self.call.pattern.num_global_tokens
+        positions = None if compression.token is None else self._position(compression.token, length)
         for x, out in zip((key, value), slots, strict=True):
-            if compression.token is not None:
-                positions = self._position(compression.token, length)
+            if positions is not None:
                 for rows, index, chosen in zip(x, positions, out, strict=True):  # x as it is: to flatten it may copy
                     torch.index_select(rows, 0, index, out=chosen)
             else:
