@@ -94,19 +94,22 @@ def _scratch(call: Call, *shape: int) -> Tensor:
     return call.query.new_empty(shape, dtype=torch.float32)
 
 
+def _sequence_sums_rows(call: Call) -> int:
+    """Rows of sums of a sequence, of packed ones of the longest: ``sums_rows`` in kernels/heads.py."""
+    return (cdiv(call.pattern.num_global_tokens, _PADDED) + cdiv(call.num_tokens, _PADDED) + 1) * _PADDED
+
+
 def _sums_rows(call: Call) -> int:
-    """Rows of sums in a head, see ``sums_rows`` and ``sums_of`` in kernels/heads.py."""
-    of_globals = cdiv(call.pattern.num_global_tokens, _PADDED)
+    """Rows of sums in a head; of packed sequences, enough that each has its own where ``sums_of`` there says."""
     if call.cu_seqlens is None:
-        blocks = of_globals + cdiv(call.num_tokens, _PADDED) + 1
-    else:
-        blocks = call.query.shape[2] // _PADDED + call.num_sequences * (of_globals + 2)
-    return blocks * _PADDED
+        return _sequence_sums_rows(call)
+    of_globals = cdiv(call.pattern.num_global_tokens, _PADDED)
+    return int(call.query.shape[2] // _PADDED + call.num_sequences * (of_globals + 2)) * _PADDED
 
 
 def _plan_sums(call: Call, results: Results, dout: Tensor, dlse: Tensor | None, sums: Tensor) -> Launch:
-    heads, num_globals = call.query.shape[1], call.pattern.num_global_tokens
-    rows = (cdiv(num_globals, _PADDED) + cdiv(call.num_tokens, _PADDED) + 1) * _PADDED  # of the longest sequence
+    heads = call.query.shape[1]
+    tiles = _sequence_sums_rows(call) // _SUMMED
     arguments = {
         "out_ptr": results.out,
         "dout_ptr": dout,
@@ -120,12 +123,12 @@ def _plan_sums(call: Call, results: Results, dout: Tensor, dlse: Tensor | None, 
         "num_heads": heads,
         "num_tokens": call.num_tokens,
         "length": call.query.shape[2],
-        "NUM_GLOBALS": num_globals,
+        "NUM_GLOBALS": call.pattern.num_global_tokens,
         "HEAD_DIM": call.query.shape[3],
         "BLOCK_M": _SUMMED,
         "BLOCK_D": block_d(call),
     }
-    return Launch(_lsg_bwd_sums_kernel, call.num_sequences * heads * (rows // _SUMMED), arguments, SUMS)
+    return Launch(_lsg_bwd_sums_kernel, call.num_sequences * heads * tiles, arguments, SUMS)
 
 
 def _plan_weights(call: Call, results: Results, attention: dict[str, Any]) -> Launch:
