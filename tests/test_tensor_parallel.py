@@ -1,13 +1,12 @@
 """Heads shared out over two processes by torch's tensor parallelism: the results of one process."""
 
 import copy
-import traceback
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run_processes
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -107,32 +106,8 @@ class _OfEmbeddings(nn.Module):
         return self.encoder(inputs_embeds=embeds)
 
 
-def run(rank, check, path, errors):
-    try:
-        torch.set_num_threads(1)
-        torch.manual_seed(0)
-        dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-        check(init_device_mesh("cpu", (2,)))
-        dist.destroy_process_group()
-    except BaseException:
-        errors.put(traceback.format_exc())
-        raise
-
-
 @pytest.mark.parametrize("check", [check_layers, check_errors, check_dropout, check_encoder])
 def test_two_processes(check, tmp_path):
     if check is check_encoder:
         pytest.importorskip("transformers")
-    context = torch.multiprocessing.get_context("spawn")
-    errors = context.SimpleQueue()
-    processes = [context.Process(target=run, args=(rank, check, tmp_path / "store", errors)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-    is_alive = [process.is_alive() for process in processes]
-    for process in processes:
-        process.kill()
-    assert errors.empty(), errors.get()
-    assert not any(is_alive)
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_processes(2, check, tmp_path)
