@@ -4,12 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor
 
 from .masking import full_mask
 from .pattern import LSGPattern
 from .sparsity import RULES, CompressionRule
+
+
+class Section(NamedTuple):
+    """Where a call lies in a longer sequence: it has the globals and some of its blocks, whole ones but for the last.
+
+    The call's tokens around its queries must be all that these see. Where its first token is no query, the row of that
+    has the query of the sequence's first token, which ``bos_pooling`` weights by.
+
+    Attributes:
+        first_token: the number of the call's first token in the sequence.
+        num_tokens: T of the sequence.
+        start, stop: tokens [start, stop) of the call are queries, those of some whole blocks. So are the globals, which
+            see the tokens of the call. In other rows the output and its log-sum-exp hold nothing of use, gradients of
+            them are not looked at, and the query's is 0.
+        has_globals: whether the globals' queries see their keys: of the sections of a sequence, those of one do.
+    """
+
+    first_token: int
+    num_tokens: int
+    start: int
+    stop: int
+    has_globals: bool
 
 
 @dataclass(frozen=True)
@@ -31,6 +54,7 @@ class Call:
         cu_seqlens: (n + 1,) int32 or int64, where the n sequences of a packed call start and the last one stops: the
             batch is 1, and the length that of all together. None of others.
         max_seqlen: of a packed call, a length that no sequence exceeds; else 0.
+        section: where the call lies in a longer sequence, or None where it is the whole one.
     """
 
     query: Tensor
@@ -45,6 +69,7 @@ class Call:
     first_head: int = 0
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
+    section: Section | None = None
 
     @cached_property
     def num_tokens(self) -> int:

@@ -137,6 +137,14 @@ class LSGPattern:
         """The most compressed keys that a query of T tokens sees on one side: s, or fewer in a short sequence."""
         return min(self.sparse_block_size, max(self.num_blocks(num_tokens) - 2, 0) * self.step)
 
+    @property
+    def halo(self) -> int:
+        """How many tokens before a block, and unless the pattern is causal after it, have what its queries see.
+
+        They are whole blocks: one, and those that the nearest s compressed keys farther out are made of.
+        """
+        return (1 + (-(-self.sparse_block_size // self.step) if self.has_sparse else 0)) * self.block_size
+
     def local_window(self, block: Blocks) -> tuple[Blocks, Blocks]:
         """The range [start, stop) of tokens that ``block`` sees. It may extend past either end of the sequence.
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .call import Call
+from .call import Call, Section
 from .compression import Compression, compress_call, slots_of
 from .pattern import LSGPattern
 
@@ -40,6 +40,8 @@ def scores_of(call: Call, rows: Tensor | None = None) -> tuple[Tensor, Tensor, C
     first, length, device = pattern.num_global_tokens, key.shape[-2], key.device
     visible = visible_tokens(pattern, length, rows).to(device) & call.keep()[:, None, None, :]
     compression = compress_call(call)
+    if call.section is not None:
+        visible = visible & _seen_in(call.section, length, first).to(device)
     if compression is not None:
         slots = visible_slots(pattern, length, rows).to(device) & compression.keep.unsqueeze(-2)
         visible = torch.cat([visible.expand(*slots.shape[:-1], -1), slots], dim=-1)
@@ -91,6 +93,15 @@ def visible_in_slots(slots: Tensor, compression: Compression, head: int) -> Tens
     ``slots``: (queries, N), rows of :func:`visible_slots`.
     """
     return slots[:, compression.slot[0, head]] & (compression.weight[0, head] > 0)
+
+
+def _seen_in(section: Section, length: int, num_globals: int) -> Tensor:
+    """(length, length) bool: false in a row that is no query of the section, and where globals do not see globals."""
+    rows = torch.arange(length)
+    is_global, token = rows < num_globals, rows - num_globals
+    is_query = is_global | ((token >= section.start) & (token < section.stop))
+    sees_all = section.has_globals | ~is_global
+    return is_query[:, None] & (sees_all[:, None] | ~is_global)
 
 
 def _blocks_of(pattern: LSGPattern, rows: Tensor) -> Tensor:

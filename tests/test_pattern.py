@@ -77,7 +77,7 @@ def test_windows_have_what_the_reference_sees(case, step):
         for block in range(first, stop):
             start, end = layout.queries(block, block + 1)
             assert torch.equal(got[block - first].sort().values, expected[start:end].any(0).nonzero().flatten())
-    assert blocks == layout.num_blocks
+    assert blocks == len(layout.blocks)
 
 
 @given(cases(causal=None), st.integers(1, 5))

@@ -31,7 +31,7 @@ def blockwise_attention(call: Call, implementation: str) -> tuple[Tensor, Tensor
     """
     call = replace(call, attention_mask=call.keep())  # a copy: the caller may write to its mask before the backward
     inputs = (call.query, call.key, call.value, call.attention_mask, call.seed)
-    options = (call.dropout_p, call.scale, call.pattern, call.first_head)
+    options = (call.dropout_p, call.scale, call.pattern, call.first_head, None, 0, call.section)
     steps = _STEPS[implementation]
     how = (steps, _threads(call), _compress(steps, call))
     out, lse = _BlockwiseAttention.apply(*inputs, options, *how)  # type: ignore[no-untyped-call]

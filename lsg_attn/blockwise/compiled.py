@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..call import Call
 from ..compression import Compression, compress_call, directions_of, mean_of_clusters, tokens_of
-from ..pattern import LSGPattern
 from . import library
 from .layout import Layout
 from .sweep import Part, Sweep
@@ -78,6 +77,7 @@ def backward(
             torch.ops.lsg_attn_cpp.backward(
                 *_inputs(sweep, part), part.of(lse), dout_rows, dlse_rows, rows, drows["sequence"], drows.get("slots")
             )
+        sweep.clear(part.of(dquery))
         summed = {name: (x[0] if groups == 1 else x.sum(0)).flatten(0, 1) for name, x in drows.items()}
         sweep.finish(part, summed, dquery, dkey, dvalue)
     return dquery, dkey, dvalue
@@ -103,7 +103,7 @@ class _Sweep(Sweep):
 def _inputs(sweep: _Sweep, part: Part) -> tuple[Tensor | float | int | None, ...]:
     """The arguments that both operators begin with."""
     call, heads = sweep.call, part.query.shape[0]
-    blocks, segments = _tables(call.pattern, sweep.layout.length)
+    blocks, segments = _tables(sweep.layout)
     tensors = (_rows(sweep, name, getattr(part, name)) for name in ("query", "key", "value"))
     slots = None if part.slots is None else _rows(sweep, "slot rows", part.slots)
     keep = {name: x.contiguous().expand(heads, -1) for name, x in part.keep.items() if part.hidden[name] != (0, 0)}
@@ -133,9 +133,8 @@ def _written(sweep: _Sweep, name: str, x: Tensor) -> Iterator[Tensor]:
 
 
 @functools.lru_cache(maxsize=64)
-def _tables(pattern: LSGPattern, length: int) -> tuple[Tensor, Tensor]:
+def _tables(layout: Layout) -> tuple[Tensor, Tensor]:
     """Blocks (n, 4): start, stop, first and last segment of the window; and segments (m, 3): source, start, size."""
-    layout = Layout(pattern, length)
     blocks: list[tuple[int, int, int, int]] = []
     segments: list[tuple[int, int, int]] = []
 
@@ -144,8 +143,9 @@ def _tables(pattern: LSGPattern, length: int) -> tuple[Tensor, Tensor]:
         segments.extend(window)
         blocks.extend((i, min(i + _QUERIES, stop), first, last) for i in range(start, stop, _QUERIES))
 
-    add(0, layout.num_dense, [(0, 0, length)])
-    for block in range(layout.num_blocks):
+    for start, stop, first_key in layout.dense:
+        add(start, stop, [(0, first_key, layout.length - first_key)])
+    for block in layout.blocks:
         window = layout.windows(block, block + 1).segments
         add(*layout.queries(block, block + 1), [(int(x.source == "slots"), x.start, x.size) for x in window])
     # On the CPU also where the caller has another default device.

@@ -10,7 +10,9 @@ long as the powers. Where a sum of them comes out too large or too small, they a
 
 from __future__ import annotations
 
+import hashlib
 import math
+import struct
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch import Tensor
 from ..call import Call
 from ..compression import Compression, compress_call
 from ..workspace import matmul_out
-from .sweep import Sweep, Tile
+from .sweep import Part, Sweep, Tile
 
 _LOG2E = 1.0 / math.log(2.0)
 # The sums of powers of two that need no maximum: no power overflows, and what underflows is too small to count.
@@ -41,7 +43,7 @@ def forward(call: Call, compression: Compression | None, threads: int) -> tuple[
     for part in sweep.parts():
         for tile in sweep.tiles(part):
             probs, log_sums = probabilities.of(tile, sweep.load(tile, "query", part.query))
-            if (mask := probabilities.dropout_mask(probs)) is not None:
+            if (mask := probabilities.dropout_mask(part, tile, probs)) is not None:
                 probs.mul_(mask)
             tile.store(sweep.work.matmul("out", probs, tile.value), part.of(out))
             tile.store(log_sums, part.of(lse).unsqueeze(-1))
@@ -68,7 +70,7 @@ def backward(
             if work.dtype != sweep.sum_dtype:
                 hint = sweep.load(tile, "lse", part.of(lse).unsqueeze(-1), sweep.sum_dtype)
             probs, _ = probabilities.of(tile, query_tile, hint)
-            mask = probabilities.dropout_mask(probs)
+            mask = probabilities.dropout_mask(part, tile, probs)
             dprobs = work.matmul("dprobs", dout_tile, tile.value.mT)
             tile.hide(dprobs, 0.0)  # what a hidden value gives may be infinite
             dropped = probs
@@ -84,17 +86,18 @@ def backward(
             matmul_out(dwindow[0], dscores.mT, query_tile, call.scale)
             tile.scatter_add(dwindow, drows)
             tile.store(work.matmul("out", dscores, tile.key, call.scale), part.of(dquery))
+        sweep.clear(part.of(dquery))
         sweep.finish(part, drows, dquery, dkey, dvalue)
     return dquery, dkey, dvalue
 
 
 class _Probabilities:
-    """The attention probabilities of tiles, and their dropout masks in the order of the sweep."""
+    """The attention probabilities of tiles, and their dropout masks."""
 
     def __init__(self, call: Call, sweep: Sweep) -> None:
         self._scale_log2, self._kept = call.scale * _LOG2E, 1.0 - call.dropout_p
         self._work, self._sum_dtype = sweep.work, sweep.sum_dtype
-        self._generator = torch.Generator(call.query.device).manual_seed(call.seed_value()) if call.dropout_p else None
+        self._call, self._layout, self._generator = call, sweep.layout, torch.Generator(call.query.device)
         self._subtracts = False
 
     def of(self, tile: Tile, query: Tensor, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -141,12 +144,26 @@ class _Probabilities:
             return scores
         return self._work.empty("powers", *scores.shape, dtype=self._sum_dtype).copy_(scores)
 
-    def dropout_mask(self, probs: Tensor) -> Tensor | None:
-        """The next mask, shaped as ``probs``: 0 with probability p, else 1 / (1 - p). None without dropout."""
-        if self._generator is None:
+    def dropout_mask(self, part: Part, tile: Tile, probs: Tensor) -> Tensor | None:
+        """A tile's mask, shaped as ``probs``: 0 with probability p, else 1 / (1 - p). None without dropout.
+
+        Of each block of queries, or of keys where queries see all, it is drawn by the block's number in the whole
+        sequence: so each section of a sequence draws what the sequence does.
+        """
+        if not self._call.dropout_p:
             return None
         mask = self._work.empty("mask", *probs.shape)
-        return mask.bernoulli_(self._kept, generator=self._generator).div_(self._kept)
+        for piece, *numbers in self._layout.drawn(tile.start, tile.stop, tile.windows):
+            of_piece = mask.view(part.query.shape[0], -1, *probs.shape[1:])[piece]  # (heads, rows, columns)
+            self._generator.manual_seed(_mixed(self._call.seed_value(), part.batch, part.heads.start, *numbers))
+            of_piece.copy_(self._work.empty("drawn", *of_piece.shape).bernoulli_(self._kept, generator=self._generator))
+        return mask.div_(self._kept)
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed that differs where one of some integers of 64 bits does."""
+    packed = struct.pack(f"<{len(numbers)}q", *numbers)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 
 def _are_in_range(sums: Tensor) -> bool:

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..call import Section
 from ..pattern import LSGPattern
 
 
@@ -74,12 +75,21 @@ class Windows:
         return tuple(slice(stop - segment.size, stop) for segment, stop in zip(self.segments, stops, strict=True))
 
 
+class Dense(NamedTuple):
+    """Queries [start, stop) that see all rows of the sequence from ``first_key`` on."""
+
+    start: int
+    stop: int
+    first_key: int
+
+
 @dataclass(frozen=True)
 class Layout:
-    """The windows of a pattern in a sequence of ``length`` = G+T tokens."""
+    """The windows of a pattern in a sequence of ``length`` = G+T tokens, or in such a section of a longer one."""
 
     pattern: LSGPattern
     length: int
+    section: Section | None = None
 
     @cached_property
     def num_tokens(self) -> int:
@@ -92,14 +102,29 @@ class Layout:
         return self.pattern.num_slots(self.num_tokens)
 
     @cached_property
-    def num_blocks(self) -> int:
-        """Query blocks; none where attention is dense: every query then sees the whole sequence."""
-        return 0 if self.pattern.is_dense(self.num_tokens) else self.pattern.num_blocks(self.num_tokens)
+    def blocks(self) -> range:
+        """The blocks of queries with windows; none where attention is dense."""
+        return range(0) if self._is_dense else self._query_blocks
 
     @cached_property
-    def num_dense(self) -> int:
-        """Leading queries that see the whole sequence: the globals, or everybody."""
-        return self.pattern.num_global_tokens if self.num_blocks else self.length
+    def dense(self) -> list[Dense]:
+        """The queries that see the whole sequence: the globals, and where attention is dense each block."""
+        count = self.pattern.num_global_tokens
+        first_key = 0 if self.section is None or self.section.has_globals else count
+        blocks = self._query_blocks if self._is_dense else range(0)
+        return [
+            *([Dense(0, count, first_key)] if count else []),
+            *(Dense(*self.queries(block, block + 1), 0) for block in blocks),
+        ]
+
+    @cached_property
+    def _is_dense(self) -> bool:
+        return self.pattern.is_dense(self.num_tokens if self.section is None else self.section.num_tokens)
+
+    @cached_property
+    def _query_blocks(self) -> range:
+        start, stop = (0, self.num_tokens) if self.section is None else self.section[2:4]
+        return range(start // self.pattern.block_size, self.pattern.num_blocks(stop))
 
     @cached_property
     def largest_window(self) -> int:
@@ -111,11 +136,31 @@ class Layout:
         start, size = self.pattern.num_global_tokens, self.pattern.block_size
         return start + first * size, min(start + stop * size, self.length)
 
+    def drawn(self, start: int, stop: int, windows: Windows | None) -> Iterator[tuple[tuple[Any, ...], int, int]]:
+        """The pieces of the scores of queries [start, stop) that dropout draws by themselves.
+
+        ``windows``: theirs, or None where they see the whole sequence.
+
+        Yields:
+            The piece's index in (heads, blocks, size, window); then the numbers, in the whole sequence, of its first
+            query, and of the block that its keys are: -1 for the globals, -2 for a whole window.
+        """
+        count, size = self.pattern.num_global_tokens, self.pattern.block_size
+        moved = 0 if self.section is None else self.section.first_token
+        row = start if start < count else start + moved
+        if windows is not None:
+            yield from (((slice(None), i), row + i * size, -2) for i in range(windows.blocks))
+            return
+        if count:
+            yield (slice(None), 0, slice(None), slice(count)), row, -1
+        for first in range(count, self.length, size):
+            yield (slice(None), 0, slice(None), slice(first, first + size)), row, (moved + first - count) // size
+
     def spans(self, step: int) -> Iterator[tuple[int, int]]:
         """Cut the blocks into runs [first, stop) for :meth:`windows`: of ``step`` where it can be, else shorter."""
-        block = 0
-        while block < self.num_blocks:
-            stop, limit = block + 1, min(block + step, self.num_blocks)
+        block = self.blocks.start
+        while block < self.blocks.stop:
+            stop, limit = block + 1, min(block + step, self.blocks.stop)
             if self._is_whole(block):
                 while stop < limit and self._is_whole(stop):
                     stop += 1

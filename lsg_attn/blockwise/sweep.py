@@ -18,6 +18,8 @@ from .layout import Layout, Windows
 # Scores computed at a time: for each thread of a CPU, as many as its own cache holds about once; a GPU wants more work
 # in each launch.
 _CPU_SCORES, _GPU_SCORES = 1 << 19, 1 << 25
+# Queries that see all and are taken at a time with dropout: as many whatever the length is, as draws go by them.
+_DRAWN_ROWS = 8
 # Whether oneDNN has products of a dtype for this processor. Without them, PyTorch's take up to 70 times as long.
 _SUPPORTS_PRODUCTS_OF: dict[torch.dtype, Callable[[], bool]] = {
     torch.bfloat16: lambda: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
@@ -116,7 +118,7 @@ class Sweep:
     ) -> None:
         self.call, self.compression, self.keep = call, compression, call.keep()
         query, pattern = call.query, call.pattern
-        self.layout = layout = Layout(pattern, query.shape[-2])
+        self.layout = layout = Layout(pattern, query.shape[-2], call.section)
         self.work = Workspace(query, dtype or dtype_of_products(query))
         self.sum_dtype = torch.promote_types(query.dtype, torch.float32)
         _, heads, length, head_dim = query.shape
@@ -124,7 +126,7 @@ class Sweep:
         self.budget = threads * _CPU_SCORES if on_cpu else _GPU_SCORES
         turns = max(self.part_elements // max(length * head_dim * threads, 1), 1)
         self.group = heads // call.key.shape[1]
-        self.head_spans = list(_spans(heads, turns * threads if self.group == 1 else self.group))
+        self.head_spans = list(_spans(0, heads, turns * threads if self.group == 1 else self.group))
         self.scores_of_block = max(pattern.block_size * layout.largest_window, 1)  # in each head
 
     def parts(self) -> Iterator[Part]:
@@ -146,10 +148,14 @@ class Sweep:
         """Go over the part's queries: first those that see the whole sequence, then the blocks."""
         heads, length, head_dim = part.query.shape
         layout, work = self.layout, self.work
-        if layout.num_dense:
+        if layout.dense:
             key, value = self._whole("key", part.key), self._whole("value", part.value)
+        rows = _DRAWN_ROWS if self.call.dropout_p else self.budget // max(heads * length, 1)
+        for dense in layout.dense:
             visible = None if part.hidden["sequence"] == (0, 0) else part.keep["sequence"][None]
-            for start, stop in _spans(layout.num_dense, self.budget // max(heads * length, 1)):
+            if dense.first_key:
+                visible = part.keep["sequence"][None] & (torch.arange(length, device=key.device) >= dense.first_key)
+            for start, stop in _spans(dense.start, dense.stop, rows):
                 yield Tile(start, stop, stop - start, None, key, value, visible, self._later(start, stop))
         later = self._later_in_block()
         for first, end in layout.spans(self.budget // (heads * self.scores_of_block)):
@@ -175,6 +181,13 @@ class Sweep:
             name: self.work.empty(f"d{name}", groups, 2, heads, rows, head_dim, dtype=self.sum_dtype).zero_()
             for name, rows in shapes.items()
         }
+
+    def clear(self, dquery: Tensor) -> None:
+        """Zero a part's gradient (heads, G+T, head_dim) of tokens that are no queries."""
+        if (section := self.call.section) is not None:
+            tokens = dquery[:, self.call.pattern.num_global_tokens :]
+            tokens[:, : section.start].zero_()
+            tokens[:, section.stop :].zero_()
 
     def finish(self, part: Part, drows: dict[str, Tensor], dquery: Tensor, dkey: Tensor, dvalue: Tensor) -> None:
         """Bring a part's gradients of compressed keys back to the tokens, and store those of keys and values."""
@@ -246,7 +259,7 @@ class Sweep:
 
     def sum_slots(self, x: Tensor, compression: Compression, out: Tensor) -> None:
         """Write to out (heads, N, head_dim) the sums that a compression makes of x (heads, T, head_dim)."""
-        for start, stop in _spans(x.shape[0], torch.get_num_threads()):
+        for start, stop in _spans(0, x.shape[0], torch.get_num_threads()):
             weighted = self.work.empty("weighted", stop - start, *x.shape[1:], dtype=self.sum_dtype)
             torch.mul(x[start:stop], compression.weight[start:stop, :, None], out=weighted)
             sums = self.work.empty("sums", stop - start, *out.shape[1:], dtype=self.sum_dtype)
@@ -279,8 +292,8 @@ def _span_of(flags: Tensor) -> tuple[int, int]:
     return int(found[0]), int(found[-1]) + 1
 
 
-def _spans(total: int, step: int) -> Iterator[tuple[int, int]]:
-    """Cut range(total) into spans (start, stop) of ``step`` each, or of 1 where that is 0; the last may be shorter."""
+def _spans(start: int, stop: int, step: int) -> Iterator[tuple[int, int]]:
+    """Cut a range into spans (start, stop) of ``step`` each, or of 1 where that is 0; the last may be shorter."""
     step = max(step, 1)
-    for start in range(0, total, step):
-        yield start, min(start + step, total)
+    for first in range(start, stop, step):
+        yield first, min(first + step, stop)

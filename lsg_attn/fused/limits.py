@@ -57,6 +57,8 @@ def unsupported_reasons(call: Call) -> list[str]:
         reasons.append(f"lsh hashes chunks of {chunk} tokens, the kernels up to {_MAX_HASHED}")
     if call.scale <= 0:
         reasons.append(f"scale is {call.scale}, the kernels take one above 0")
+    if call.section is not None:
+        reasons.append("the sequence is shared out over processes, the kernels take whole ones")
     if has_tangent(call):
         reasons.append("a gradient by forward mode is asked for, the kernels have only gradients by reverse mode")
     return reasons

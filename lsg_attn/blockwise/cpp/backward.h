@@ -58,6 +58,7 @@ class Backward {
       delta_[r] = delta_[r] * inverse_[r] - (given && r < count ? given[r] : 0);
     }
     bool is_first = true;
+    if (runs.empty()) std::fill_n(dquery_, width_ * padded_, 0.0f);
     for (const Run& run : runs) {
       if (runs.size() > 1) find_probs(run, block);  // else they are still there
       differentiate_scores(run.keys);

@@ -37,6 +37,7 @@ class Forward {
     bool is_first = true;
     const std::vector<Run> runs = in_.runs(block);
     const Piece next = in_.rows_after(runs, block);
+    if (runs.empty()) std::fill_n(sums_, count * width_, 0.0f);
     for (const Run& run : runs) {
       const int64_t ld = stride_of(run.keys);
       gather(from, run, ld);
