@@ -47,7 +47,7 @@ class Piece(NamedTuple):
 
 
 def shares(num_tokens: int, ranks: int, block_size: int) -> list[Span]:
-    """The span of each of some processes: whole blocks but for the last one, as many for each, or for the first one more.
+    """The spans of some processes: as many whole blocks for each, or one more for the first ones; the last is cut.
 
     If there are fewer blocks than processes, the last processes have empty spans: they hold the globals alone.
     """

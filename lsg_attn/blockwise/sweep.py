@@ -150,12 +150,12 @@ class Sweep:
         layout, work = self.layout, self.work
         if layout.dense:
             key, value = self._whole("key", part.key), self._whole("value", part.value)
-        rows = _DRAWN_ROWS if self.call.dropout_p else self.budget // max(heads * length, 1)
+        at_once = _DRAWN_ROWS if self.call.dropout_p else self.budget // max(heads * length, 1)
         for dense in layout.dense:
             visible = None if part.hidden["sequence"] == (0, 0) else part.keep["sequence"][None]
             if dense.first_key:
                 visible = part.keep["sequence"][None] & (torch.arange(length, device=key.device) >= dense.first_key)
-            for start, stop in _spans(dense.start, dense.stop, rows):
+            for start, stop in _spans(dense.start, dense.stop, at_once):
                 yield Tile(start, stop, stop - start, None, key, value, visible, self._later(start, stop))
         later = self._later_in_block()
         for first, end in layout.spans(self.budget // (heads * self.scores_of_block)):
