@@ -11,6 +11,7 @@ from .heads import (
     Keys,
     KeyTensors,
     QueryTensors,
+    Section,
     first_of_tokens,
     head_keys,
     head_rows,
@@ -41,11 +42,15 @@ from .walk import num_tiles, tile_of, walk_keys, walk_part
 from .windows import (
     Range,
     any_of,
+    are_queries,
     are_visible,
     find_keys,
+    group_of_token,
+    has_no_query,
     in_windows,
     key_columns,
     positions_of_globals,
+    stop_of_queries,
     tokens_that_see_slots,
     tokens_that_see_tokens,
     uniform,
@@ -120,13 +125,13 @@ def _add_dkv(
     IS_TOKEN: tl.constexpr = QUERIES == "token"
     FIRST: tl.constexpr = V.num_globals if IS_TOKEN else 0
     FIRST_SUM: tl.constexpr = first_of_tokens(V.num_globals) if IS_TOKEN else 0
-    FIRST_GROUP: tl.constexpr = (V.num_globals + 3) // 4 if IS_TOKEN else 0
     offs_n = keys.start + tl.arange(0, keys.k.shape[0])
     offs_m, offs_d = tl.arange(0, BLOCK_N), tl.arange(0, keys.k.shape[1])
     near_tiles, tiles = num_tiles(near, far, BLOCK_N)
     for i in tl.range(0, uniform(tiles)):
         start, stop, _ = tile_of(i, near_tiles, near, far, BLOCK_N)
-        draws = draws_of(source.generator, FIRST_GROUP + start // 4, BLOCK_N)
+        group = group_of_token(start, source, V) if IS_TOKEN else start // 4
+        draws = draws_of(source.generator, group, BLOCK_N)
         tile = _load_queries(FIRST + start, offs_m, offs_m < stop - start, queries, FIRST_SUM + start, draws, offs_d, V)
         scores = tl.dot(keys.k, tl.trans(tile.q), input_precision="ieee")  # (BLOCK_M keys, BLOCK_N queries)
         scores += keys.hidden[:, None]
@@ -176,8 +181,8 @@ def _dq_of_tokens(
     """The gradient of the queries of BLOCK_M tokens, from the keys that the forward took, in its order."""
     G: tl.constexpr = V.num_globals
     offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    draws = draws_of(source.generator, (G + 3) // 4 + first_row // 4, BLOCK_M)
-    inside, first_sum = offs_m < source.num_tokens - first_row, first_of_tokens(G) + first_row
+    draws = draws_of(source.generator, group_of_token(first_row, source, V), BLOCK_M)
+    inside, first_sum = are_queries(first_row, offs_m, source, V), first_of_tokens(G) + first_row
     tile = _load_queries(G + first_row, offs_m, inside, queries, first_sum, draws, offs_d, V)
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq = walk_keys(dq, tile, first_row, source, V, BLOCK_M, BLOCK_N, BLOCK_G, BRANCH, _add_dq)
@@ -186,17 +191,17 @@ def _dq_of_tokens(
 
 @triton.jit
 def _dkv_of_globals(
-    first_row, start, stop, queries, source,
+    first_row, start, stop, with_globals, queries, source,
     V: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What tokens [start, stop) give to the gradients of BLOCK_G global keys, and what globals do where start is 0."""
+    """What tokens [start, stop) and, ``with_globals``, globals give to the gradients of BLOCK_G global keys."""
     offs_g, offs_d = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     inside = offs_g < V.num_globals - first_row
     kept = is_kept(source.mask, first_row, offs_g, inside, V)
     keys = _load_keys(first_row, first_row, offs_g, inside, kept, source.tokens, offs_d, V)
     dk, dv, none = tl.zeros((BLOCK_G, BLOCK_D), tl.float32), tl.zeros((BLOCK_G, BLOCK_D), tl.float32), Range(0, 0)
     BLOCK_GLOBALS: tl.constexpr = BLOCK_G if BLOCK_G < BLOCK_N else BLOCK_N
-    near = Range(0, tl.where(start == 0, V.num_globals, 0))
+    near = Range(0, tl.where(with_globals, V.num_globals, 0))
     dk, dv = _add_dkv(dk, dv, keys, near, none, queries, source, "global", "token", False, V, BLOCK_GLOBALS)
     near = Range(start, stop)
     dk, dv = _add_dkv(dk, dv, keys, near, none, queries, source, "token", "token", False, V, BLOCK_N)
@@ -232,8 +237,9 @@ def _dkv_of_tokens(
     keys = _load_keys(first, first, offs_n, inside, kept, any_source.tokens, offs_d, V)
     dk, dv, none = tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M, BLOCK_D), tl.float32), Range(0, 0)
     last_row = tl.minimum(first_row + BLOCK_M, num_tokens) - 1
-    num_seen = tl.where(any_of(kept), num_tokens, 0)  # no token sees keys that are all padding
-    others, own = tokens_that_see_tokens(first_row, last_row, num_seen, V, BLOCK_N)
+    # no token sees keys that are all padding
+    stop_query = tl.where(any_of(kept), stop_of_queries(any_source, V), 0)
+    others, own = tokens_that_see_tokens(first_row, last_row, stop_query, any_source, V, BLOCK_N)
     for member in tl.range(0, V.group, disable_licm=True):  # addresses that are the same for all would fill registers
         head = query_head_of(key_head, member, V.group)
         queries, source = locate_queries(head, query_tensors, V), locate_source(head, key_tensors, V)
@@ -259,6 +265,7 @@ def _lsg_bwd_slots_kernel(
     q_strides, k_strides, v_strides, mask_batch_stride, mask_stride, index_stride, sparse_strides, dout_strides,
     sums_stride, slot_strides,
     num_heads, num_tokens, num_slots, length,
+    first_query, stop_query, first_seen, first_token, whole_tokens, whole_slots,
     V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The gradients of BLOCK_M slots from the queries that see them.
@@ -273,9 +280,11 @@ def _lsg_bwd_slots_kernel(
         if first_slot >= own_slots:
             return
     queries = locate_queries(head, QueryTensors(q_ptr, dout_ptr, sums_ptr, q_strides, dout_strides, sums_stride), V)
+    section = Section(first_query, stop_query, first_seen, first_token, whole_tokens, whole_slots)
     tensors = KeyTensors(
         k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, scale_log2, kept_scale, seed, threshold,
         k_strides, v_strides, mask_batch_stride, mask_stride, index_stride, sparse_strides, num_tokens, num_slots,
+        section,
     )  # fmt: skip
     source = locate_source(head, tensors, V)
     # 2. Their rows.
@@ -286,9 +295,9 @@ def _lsg_bwd_slots_kernel(
     visible = are_visible(places, first_slot, offs_n, source, SPARSITY, V)
     keys = _load_keys(first_slot, places.first, places.rows, places.readable, visible, source.slots, offs_d, V)
     # 3. The queries to their right and left, unless none of these slots is visible.
-    num_seen = tl.where(any_of(visible), head.num_tokens, 0)
+    stop_query = tl.where(any_of(visible), stop_of_queries(source, V), 0)
     last_slot = tl.minimum(first_slot + BLOCK_M, own_slots) - 1
-    near, far = tokens_that_see_slots(first_slot, last_slot, num_seen, V)
+    near, far = tokens_that_see_slots(first_slot, last_slot, stop_query, source, V)
     dk, dv = tl.zeros((BLOCK_M, BLOCK_D), tl.float32), tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dk, dv = _add_dkv(dk, dv, keys, near, far, queries, source, "token", SPARSITY, WINDOWED, V, BLOCK_N)
     # 4. Store.
@@ -306,6 +315,7 @@ def _lsg_bwd_dq_dkv_kernel(
     q_strides, k_strides, v_strides, mask_batch_stride, mask_stride, index_stride, sparse_strides, dout_strides,
     sums_stride, slot_strides, dq_strides, dk_strides, dv_strides, part_strides,
     batch, num_heads, num_tokens, num_slots, length, part_size, num_parts,
+    first_query, stop_query, first_seen, first_token, whole_tokens, whole_slots,
     V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
     BRANCH: tl.constexpr,
 ):  # fmt: skip
@@ -316,7 +326,7 @@ def _lsg_bwd_dq_dkv_kernel(
     read it come before itself. Writes the tokens' rows of ``dq`` (batch, heads, G+T, head_dim), ``dk`` and ``dv``
     (batch, key heads, G+T, head_dim); of the globals' gradients the parts that come from ``part_size`` positions or
     tokens and from one head of queries, ``dq_part``, ``dk_part`` and ``dv_part`` (batch * heads, num_parts, G,
-    head_dim) float32.
+    head_dim) float32. Of a section's tokens that are no queries, ``dq`` is 0.
     """
     # 1. Locate the tile and its heads; of tokens' keys, the first head of queries that reads them.
     G: tl.constexpr = V.num_globals
@@ -335,19 +345,29 @@ def _lsg_bwd_dq_dkv_kernel(
     member = program // tl.where(is_token, token_programs, global_programs) % V.group
     head = query_head_of(key_head, member, V.group)
     query_tensors = QueryTensors(q_ptr, dout_ptr, sums_ptr, q_strides, dout_strides, sums_stride)
+    section = Section(first_query, stop_query, first_seen, first_token, whole_tokens, whole_slots)
     key_tensors = KeyTensors(
         k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, scale_log2, kept_scale, seed, threshold,
         k_strides, v_strides, mask_batch_stride, mask_stride, index_stride, sparse_strides, num_tokens, num_slots,
+        section,
     )  # fmt: skip
     queries, source = locate_queries(head, query_tensors, V), locate_source(head, key_tensors, V)
     num_tokens, offs_d = head.num_tokens, tl.arange(0, BLOCK_D)
+    if V.sectioned:
+        row = program % tl.maximum(token_programs, 1) * BLOCK_M
+        of_queries = is_token & (program < V.group * token_programs)
+        if of_queries & has_no_query(row, section, BLOCK_M):
+            offs_m = tl.arange(0, BLOCK_M)
+            rows, zeros = head_rows(dq_ptr, dq_strides, head, V.is_wide), tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+            store_rows(rows, G + row, offs_m, offs_m < num_tokens - row, offs_d, zeros, V.head_dim)
+            return
 
     if is_token:
         row = program % token_programs * BLOCK_M
         offs_m = tl.arange(0, BLOCK_M)
         inside = offs_m < num_tokens - row
         if program < V.group * token_programs:
-            # 2. Queries of tokens.
+            # 2. Queries of tokens. In a row that is none all is 0, as its sums and what is read of it are.
             dq = _dq_of_tokens(row, queries, source, V, BLOCK_M, BLOCK_N, BLOCK_G, BLOCK_D, BRANCH)
             rows = head_rows(dq_ptr, dq_strides, head, V.is_wide)
             store_rows(rows, G + row, offs_m, inside, offs_d, dq, V.head_dim)
@@ -372,12 +392,18 @@ def _lsg_bwd_dq_dkv_kernel(
         is_global = offs_g < G - row
         if program < V.group * global_programs:
             stop = tl.minimum(start + part_size, positions_of_globals(num_tokens, V))
+            if V.sectioned:
+                start = tl.maximum(start, section.first_seen)
             dq = _dq_of_globals(row, start, stop, queries, source, V, BLOCK_G, BLOCK_N, BLOCK_D, BRANCH)
             dq_part = rows_at(dq_part_ptr, part_strides, head.number, part, V.is_wide)
             store_rows(dq_part, row, offs_g, is_global, offs_d, dq, V.head_dim)
         else:
-            stop = tl.minimum(start + part_size, num_tokens)
-            dk, dv = _dkv_of_globals(row, start, stop, queries, source, V, BLOCK_G, BLOCK_N, BLOCK_D)
+            with_globals = start == 0
+            if V.sectioned:
+                with_globals = with_globals & (section.first_seen == 0)
+                start += section.first_query
+            stop = tl.minimum(start + part_size, stop_of_queries(source, V))
+            dk, dv = _dkv_of_globals(row, start, stop, with_globals, queries, source, V, BLOCK_G, BLOCK_N, BLOCK_D)
             dk_part = rows_at(dk_part_ptr, part_strides, head.number, part, V.is_wide)
             dv_part = rows_at(dv_part_ptr, part_strides, head.number, part, V.is_wide)
             store_keys(Keys(dk_part, dv_part), row, offs_g, is_global, offs_d, dk, dv, V.head_dim)

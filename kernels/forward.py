@@ -9,6 +9,7 @@ from .heads import (
     SIZES,
     Batch,
     KeyTensors,
+    Section,
     head_rows,
     lies_past,
     locate_head,
@@ -30,7 +31,7 @@ from .primitives import (
     store_rows,
 )
 from .walk import walk_keys, walk_part
-from .windows import key_columns, positions_of_globals
+from .windows import are_queries, group_of_token, has_no_query, key_columns, positions_of_globals
 
 
 class _Queries(NamedTuple):
@@ -71,9 +72,9 @@ def _token_tile(
     """BLOCK_M tokens from ``first_row`` on over all that they see: their output and log-sum-exp."""
     G: tl.constexpr = V.num_globals
     offs_m, offs_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    inside = offs_m < source.num_tokens - first_row
+    inside = are_queries(first_row, offs_m, source, V)
     q = load_rows(q, G + first_row, offs_m, inside, offs_d, V.head_dim)  # (BLOCK_M, BLOCK_D)
-    tile = _Queries(q, draws_of(source.generator, (G + 3) // 4 + first_row // 4, BLOCK_M))
+    tile = _Queries(q, draws_of(source.generator, group_of_token(first_row, source, V), BLOCK_M))
     state = softmax_start(BLOCK_M, BLOCK_D)
     state = walk_keys(state, tile, first_row, source, V, BLOCK_M, BLOCK_N, BLOCK_G, BRANCH, _attend)
     return softmax_end(state, source.scale_log2, source.kept_scale)
@@ -87,6 +88,7 @@ def _lsg_fwd_kernel(
     q_strides, k_strides, v_strides, mask_batch_stride, mask_stride, index_stride, sparse_strides, out_strides,
     part_strides,
     batch, num_heads, num_tokens, num_slots, length, part_size, num_parts,
+    first_query, stop_query, first_seen, first_token, whole_tokens, whole_slots,
     V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
     BRANCH: tl.constexpr,
 ):  # fmt: skip
@@ -96,6 +98,7 @@ def _lsg_fwd_kernel(
     Writes the tokens' rows of ``out`` (batch, heads, G+T, head_dim) and ``lse`` (batch, heads, G+T) float32, and the
     globals' ``part`` (batch * heads, num_parts, G, head_dim) and ``part_lse`` (batch * heads, num_parts, G), float32.
     Packed sequences: ``batch`` is how many there are, each has programs as the longest one, and those past it return.
+    So do those of a section's tokens that are no queries, whose rows are not written.
     """
     # 1. Locate the head and the tile.
     GLOBAL_TILES: tl.constexpr = (V.num_globals + BLOCK_G - 1) // BLOCK_G
@@ -109,10 +112,15 @@ def _lsg_fwd_kernel(
             position = tl.where(is_token, position, program // GLOBAL_TILES * part_size)
         if lies_past(head, position, V.num_globals):
             return
+    section = Section(first_query, stop_query, first_seen, first_token, whole_tokens, whole_slots)
+    if V.sectioned:
+        if is_token & has_no_query(program * BLOCK_M, section, BLOCK_M):
+            return
     q = head_rows(q_ptr, q_strides, head, V.is_wide)
     tensors = KeyTensors(
         k_ptr, v_ptr, mask_ptr, index_ptr, sparse_k_ptr, sparse_v_ptr, scale_log2, kept_scale, seed, threshold,
         k_strides, v_strides, mask_batch_stride, mask_stride, index_stride, sparse_strides, num_tokens, num_slots,
+        section,
     )  # fmt: skip
     source = locate_source(head, tensors, V)
     offs_d = tl.arange(0, BLOCK_D)
@@ -122,7 +130,7 @@ def _lsg_fwd_kernel(
         row = program * BLOCK_M
         out, lse = _token_tile(row, q, source, V, BLOCK_M, BLOCK_N, BLOCK_G, BLOCK_D, BRANCH)
         offs_m, first = tl.arange(0, BLOCK_M), V.num_globals + row
-        inside = offs_m < head.num_tokens - row
+        inside = are_queries(row, offs_m, source, V)
         rows = head_rows(out_ptr, out_strides, head, V.is_wide)
         store_rows(rows, first, offs_m, inside, offs_d, out, V.head_dim)
         tl.store(row_of(lse_ptr, head, first) + offs_m, lse, mask=inside)
@@ -130,6 +138,8 @@ def _lsg_fwd_kernel(
         # 3. Globals: a part of the softmax, which the next kernel combines with the others.
         part, row = program // GLOBAL_TILES, program % GLOBAL_TILES * BLOCK_G
         start, stop = part * part_size, tl.minimum((part + 1) * part_size, positions_of_globals(head.num_tokens, V))
+        if V.sectioned:
+            start = tl.maximum(start, section.first_seen)
         part_out, part_lse = _global_tile(row, start, stop, q, source, V, BLOCK_G, BLOCK_N, BLOCK_D, BRANCH)
         offs_g = tl.arange(0, BLOCK_G)
         is_global = offs_g < V.num_globals - row

@@ -10,7 +10,8 @@ from .primitives import generator_of, mask_of, rows_at, store_rows
 # Arguments that differ between batches. They are not specialised, or other batches would compile the kernels again.
 SIZES = [
     "seed", "threshold", "mask_batch_stride", "index_stride", "sums_stride", "batch", "length", "num_tokens",
-    "num_slots", "num_tiles", "part_size", "num_parts",
+    "num_slots", "num_tiles", "part_size", "num_parts", "first_query", "stop_query", "first_seen", "first_token",
+    "whole_tokens", "whole_slots",
 ]  # fmt: skip
 # Rows that no tile of queries has more of.
 SUMS_PADDED = tl.constexpr(128)
@@ -30,6 +31,24 @@ class Batch(NamedTuple):
     num_heads: Any
     num_tokens: Any
     length: Any
+
+
+class Section(NamedTuple):
+    """The arguments of a kernel that say where the sequence lies in a longer one; None of any other (see V.sectioned).
+
+    Attributes:
+        first_query, stop_query: the tokens from the one on and before the other are queries.
+        first_seen: the first position that the globals' queries see: not 0 where another section has the globals.
+        first_token: the number of the first token in the whole sequence.
+        whole_tokens, whole_slots: tokens after the globals, and slots of each head, of the whole sequence.
+    """
+
+    first_query: Any
+    stop_query: Any
+    first_seen: Any
+    first_token: Any
+    whole_tokens: Any
+    whole_slots: Any
 
 
 class Head(NamedTuple):
@@ -101,6 +120,7 @@ class KeyTensors(NamedTuple):
     sparse_strides: Any
     num_tokens: Any
     num_slots: Any
+    section: Any
 
 
 class Source(NamedTuple):
@@ -115,6 +135,7 @@ class Source(NamedTuple):
         num_tokens, num_slots: how many tokens and slots the head has, without slots that lie past the sequence.
         generator: the Generator of dropout.
         scale_log2, kept_scale: factors of scores, as exponents of two, and of the probabilities that dropout keeps.
+        section: the Section, or 0 where the sequence is whole.
     """
 
     tokens: Any
@@ -127,6 +148,7 @@ class Source(NamedTuple):
     generator: Any
     scale_log2: Any
     kept_scale: Any
+    section: Any
 
 
 @triton.jit
@@ -287,10 +309,14 @@ def locate_source(head, x, V: tl.constexpr):
     index_ptr = _index_if_any(x.index_ptr, x.index_stride, head, V)
     number = head.index + V.first_head
     num_slots = _slots_with_token(slots_of(head, x.num_slots, V), head.num_tokens, number, V)
-    # a packed sequence has the draws of a padded batch
-    generator = generator_of(x.seed, x.threshold, head.number, x.num_tokens, x.num_slots, V)
+    # a packed sequence has the draws of a padded batch, a section those of the whole sequence
+    section, drawn_tokens, drawn_slots = 0, x.num_tokens, x.num_slots
+    if V.sectioned:
+        section, drawn_tokens, drawn_slots = x.section, x.section.whole_tokens, x.section.whole_slots
+    generator = generator_of(x.seed, x.threshold, head.number, drawn_tokens, drawn_slots, V)
     return Source(
-        tokens, slots, mask, index_ptr, number, head.num_tokens, num_slots, generator, x.scale_log2, x.kept_scale
+        tokens, slots, mask, index_ptr, number, head.num_tokens, num_slots, generator, x.scale_log2, x.kept_scale,
+        section,
     )  # fmt: skip
 
 

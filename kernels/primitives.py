@@ -181,7 +181,7 @@ def score_gradients(scores, dprobs, lse_log2, delta, keeps, scale_log2, kept_sca
 
 @triton.jit
 def generator_of(seed, threshold, head, num_tokens, num_slots, V: tl.constexpr):
-    """The Generator of the head of that number, where the longest sequence has ``num_tokens`` and ``num_slots``.
+    """The Generator of the head of that number, where a sequence has up to ``num_tokens`` and ``num_slots``.
 
     A group is four queries, of the globals or of the tokens, which start their own; each column of it is a counter.
     """

@@ -25,12 +25,13 @@ from .primitives import LN2, Rows, is_kept, load_rows, mask_of, one_row, rows_at
 @triton.jit(do_not_specialize=SIZES)
 def _lsg_bwd_sums_kernel(
     out_ptr, dout_ptr, lse_ptr, dlse_ptr, cu_ptr, sums_ptr,
-    out_strides, dout_strides, sums_stride, num_heads, num_tokens, length,
+    out_strides, dout_strides, sums_stride, num_heads, num_tokens, length, first_query, stop_query,
     NUM_GLOBALS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The sums of BLOCK_M queries of one head: the log-sum-exp in base 2; and delta, the sum of out * dout less dlse.
 
     Grid: batch * heads * (sums_rows / BLOCK_M). Writes ``sums`` (batch, heads, sums_rows, 2) float32.
+    Of a section, queries are the tokens from ``first_query`` on and before ``stop_query``; else these are None.
     """
     FIRST: tl.constexpr = first_of_tokens(NUM_GLOBALS)
     tiles = sums_rows(num_tokens, NUM_GLOBALS) // BLOCK_M
@@ -42,6 +43,9 @@ def _lsg_bwd_sums_kernel(
     is_token = first_row >= FIRST
     first = tl.where(is_token, first_row - FIRST + NUM_GLOBALS, first_row)
     inside = offs_m < NUM_GLOBALS + tl.where(is_token, head.num_tokens, 0) - first
+    if first_query is not None:
+        tokens = first - NUM_GLOBALS + offs_m
+        inside = inside & ((tokens < 0) | (tokens >= first_query) & (tokens < stop_query))
     out = load_rows(head_rows(out_ptr, out_strides, head, True), first, offs_m, inside, offs_d, HEAD_DIM)
     dout = load_rows(head_rows(dout_ptr, dout_strides, head, True), first, offs_m, inside, offs_d, HEAD_DIM)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)

@@ -188,40 +188,75 @@ def own_tokens(first_row, last_row, source, V: tl.constexpr):
 
 
 @triton.jit
-def tokens_that_see_tokens(first_key, last_key, num_tokens, V: tl.constexpr, TILE: tl.constexpr):
-    """The Ranges of tokens whose local windows have some of tokens [first_key, last_key].
+def has_no_query(first_row, section, ROWS: tl.constexpr):
+    """Whether none of ROWS tokens from ``first_row`` on is a query of a Section."""
+    return (first_row + ROWS <= section.first_query) | (first_row >= section.stop_query)
+
+
+@triton.jit
+def are_queries(first_row, offs_m, source, V: tl.constexpr):
+    """Which of the tokens ``offs_m`` after ``first_row`` are queries: all, but in a section."""
+    if V.sectioned:
+        from_first = offs_m >= source.section.first_query - first_row
+        return from_first & (offs_m < source.section.stop_query - first_row)
+    else:
+        return offs_m < source.num_tokens - first_row
+
+
+@triton.jit
+def stop_of_queries(source, V: tl.constexpr):
+    """The token that queries come before."""
+    if V.sectioned:
+        return source.section.stop_query
+    else:
+        return source.num_tokens
+
+
+@triton.jit
+def _from_first_query(start, source, V: tl.constexpr):
+    """The token ``start``, or the first query where that is later: which is a block's start, as windows' ends are."""
+    if V.sectioned:
+        return tl.maximum(start, source.section.first_query)
+    else:
+        return start
+
+
+@triton.jit
+def tokens_that_see_tokens(first_key, last_key, stop_query, source, V: tl.constexpr, TILE: tl.constexpr):
+    """The Ranges of queries before ``stop_query`` whose local windows have some of tokens [first_key, last_key].
 
     They start at a multiple of four, as dropout wants it: where that is not a block's start, tiles look at windows.
     Of a causal pattern the second has the tiles of TILE tokens in which these tokens lie themselves; the first has what
     comes after. Otherwise the second is empty.
     """
-    stop = tl.minimum((last_key // V.block + 2) * V.block, num_tokens)
+    stop = tl.minimum((last_key // V.block + 2) * V.block, stop_query)
     if V.causal:
-        own_stop = tl.minimum(tl.cdiv(last_key + 1, TILE) * TILE, stop)
-        return Range(own_stop, stop), Range(first_key // TILE * TILE, own_stop)
+        own_start = _from_first_query(first_key // TILE * TILE, source, V)
+        own_stop = tl.minimum(own_start + tl.cdiv(last_key + 1 - own_start, TILE) * TILE, stop)
+        return Range(_from_first_query(own_stop, source, V), stop), Range(own_start, own_stop)
     else:
         start = tl.maximum(first_key // V.block - 1, 0) * V.block
-        return Range(start // 4 * 4, stop), Range(0, 0)
+        return Range(_from_first_query(start // 4 * 4, source, V), stop), Range(0, 0)
 
 
 @triton.jit
-def tokens_that_see_slots(first_slot, last_slot, num_tokens, V: tl.constexpr):
-    """The Ranges of tokens left and right of slots [first_slot, last_slot] whose windows have some of them.
+def tokens_that_see_slots(first_slot, last_slot, stop_query, source, V: tl.constexpr):
+    """The Ranges of queries before ``stop_query``, left and right of slots [first_slot, last_slot], that see any.
 
     Of a causal pattern, those to the right, and none.
     """
     first, last = first_slot // V.step, last_slot // V.step  # the slots' own blocks
-    right_start = (first + 2) * V.block // 4 * 4
+    right_start = _from_first_query((first + 2) * V.block // 4 * 4, source, V)
     # in blocks first: a reach that is no limit would be 2^31 tokens and more
-    right_stop = tl.minimum((last_slot + V.reach) // V.step + 2, tl.cdiv(num_tokens, V.block))
-    right_stop = tl.minimum(right_stop * V.block, num_tokens)
+    right_stop = tl.minimum((last_slot + V.reach) // V.step + 2, tl.cdiv(stop_query, V.block))
+    right_stop = tl.minimum(right_stop * V.block, stop_query)
     if V.causal:
         return Range(right_start, right_stop), Range(0, 0)
     else:
         start = tl.maximum((first_slot - V.reach) // V.step - 1, 0) * V.block
-        stop = tl.minimum(tl.cdiv(tl.maximum(last - 1, 0) * V.block, 4) * 4, num_tokens)
+        stop = tl.minimum(tl.cdiv(tl.maximum(last - 1, 0) * V.block, 4) * 4, stop_query)
         right_start = tl.maximum(right_start, stop)  # the slots of many blocks have no gap between
-        return Range(start // 4 * 4, stop), Range(right_start, right_stop)
+        return Range(_from_first_query(start // 4 * 4, source, V), stop), Range(right_start, right_stop)
 
 
 @triton.jit
@@ -243,8 +278,23 @@ def in_windows(row_block, offs_n, KIND: tl.constexpr, V: tl.constexpr):
 
 @triton.jit
 def key_columns(offs_n, source, KIND: tl.constexpr, V: tl.constexpr):
-    """The columns that dropout counts keys by: positions of the sequence, and after them slots."""
-    if KIND == "token":
+    """The columns that dropout counts keys by: positions of the whole sequence, and after them slots."""
+    if V.sectioned:
+        if KIND == "token":
+            return offs_n + tl.where(offs_n < V.num_globals, 0, source.section.first_token)
+        else:
+            first_slot = source.section.first_token // V.block * V.step
+            return source.generator.slots + first_slot + offs_n
+    elif KIND == "token":
         return offs_n
     else:
         return source.generator.slots + offs_n
+
+
+@triton.jit
+def group_of_token(token, source, V: tl.constexpr):
+    """The group of four queries, as dropout counts them, that a token starts. The globals have groups of their own."""
+    group = (V.num_globals + 3) // 4 + token // 4
+    if V.sectioned:
+        group += source.section.first_token // 4
+    return group

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .blockwise.attention import blockwise_backward, blockwise_forward
-from .call import Call
+from .call import Call, Section
 from .checks import refuse_second_derivative
 from .fused.results import Saved, allocate_saved, to_save
 from .packing import attend_each, sequences
@@ -21,7 +21,7 @@ _OPTIONS = (
 )
 _INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? attention_mask, Tensor? seed, Tensor[]? projections, "
-    "Tensor? cu_seqlens, SymInt max_seqlen"
+    "Tensor? cu_seqlens, SymInt max_seqlen, SymInt[]? section"
 )
 _SCHEMA = f"({_INPUTS}, {_OPTIONS}) -> Tensor[]"
 _BACKWARD_SCHEMA = f"(Tensor dout, Tensor? dlse, Tensor[] results, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)"
@@ -45,6 +45,7 @@ def _arguments(call: Call) -> tuple[Any, ...]:
         list(call.projections) or None,  # AOTInductor gives back an empty list as None
         call.cu_seqlens,
         call.max_seqlen,
+        None if call.section is None else [int(x) if isinstance(x, bool) else x for x in call.section],
         call.dropout_p,
         call.scale,
         pattern.block_size,
@@ -61,13 +62,17 @@ def _arguments(call: Call) -> tuple[Any, ...]:
 
 def _call(
     query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, seed: Tensor | None,
-    projections: list[Tensor] | None, cu_seqlens: Tensor | None, max_seqlen: int, dropout_p: float, scale: float,
-    *fields: Any,
+    projections: list[Tensor] | None, cu_seqlens: Tensor | None, max_seqlen: int, section: list[int] | None,
+    dropout_p: float, scale: float, *fields: Any,
 ) -> Call:  # fmt: skip
     """The operator's arguments as a call."""
     inputs = (query, key, value, attention_mask, seed, tuple(projections or ()))
     *of_pattern, first_head = fields
-    return Call(*inputs, dropout_p, scale, _pattern(*of_pattern), first_head, cu_seqlens, max_seqlen)
+    pattern, part = _pattern(*of_pattern), None
+    if section is not None:
+        first_token, num_tokens, start, stop, has_globals = section
+        part = Section(first_token, num_tokens, start, stop, bool(has_globals))
+    return Call(*inputs, dropout_p, scale, pattern, first_head, cu_seqlens, max_seqlen, part)
 
 
 _pattern = lru_cache(maxsize=32)(LSGPattern)  # whose checks take as long as a small tensor operator

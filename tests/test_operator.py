@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lsg_attn import SPARSITY_TYPES, LSGAttention, LSGPattern, lsg_attention
 from lsg_attn.blockwise.attention import blockwise_attention
-from lsg_attn.call import Call
+from lsg_attn.call import Call, Section
 from lsg_attn.compression import compress_call
 from lsg_attn.dispatch import _choose
 from lsg_attn.fused.limits import unsupported_reasons
@@ -48,6 +48,10 @@ def arguments(pattern, dropout_p=0.0, scale=0.3):
         ({"head_dim": 257}, "head_dim is 257, the kernels take up to 256"),
         ({"pattern": LSGPattern(num_global_tokens=513)}, "num_global_tokens is 513, the kernels take up to 512"),
         ({"pattern": LSGPattern(256, 256, 2, "lsh")}, "= 256 tokens, the kernels up to 128"),
+        (
+            {"pattern": LSGPattern(2), "dropout_p": 0.1},
+            "block_size is 2, the kernels share a sequence out with dropout",
+        ),
         ({"scale": 0.0}, "scale is 0.0, the kernels take one above 0"),
         ({"capability": (7, 5)}, "compute capability is 7.5, the kernels need 8.0"),
         ({"has_triton": False}, "triton is not installed"),
@@ -56,14 +60,15 @@ def arguments(pattern, dropout_p=0.0, scale=0.3):
 )
 def test_each_reason_is_named_alone(change, reason, monkeypatch):
     case = {"dtype": torch.float16, "head_dim": 64, "pattern": LSGPattern(), "scale": 1.0}
-    case |= {"capability": (8, 0), "has_triton": True, "triton": (3, 6)}
+    case |= {"capability": (8, 0), "has_triton": True, "triton": (3, 6), "dropout_p": 0.0}
     case |= change
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: case["capability"])
     monkeypatch.setattr("lsg_attn.fused.limits._HAS_TRITON", case["has_triton"])
     monkeypatch.setattr("lsg_attn.fused.limits._TRITON", case["triton"])
     x = torch.zeros(1, 1, 600, case["head_dim"], dtype=case["dtype"])
     x = x.as_subclass(OnAGPU)
-    (got,) = unsupported_reasons(call_of(x, x, x, case["pattern"], scale=case["scale"]))
+    call = call_of(x, x, x, case["pattern"], dropout_p=case["dropout_p"], scale=case["scale"])
+    (got,) = unsupported_reasons(replace(call, section=Section(0, 900, 0, 500, True)))
     assert reason in got
 
 
@@ -122,7 +127,8 @@ def test_forward_mode_gradients_are_not_supported():
 def test_operator_takes_a_call_apart_and_puts_it_together():
     x = torch.zeros(1, 1, 10, 4)
     call = call_of(x, x, x, LSGPattern(24, 12, 3, "lsh", 5, 2, 7), torch.ones(1, 10), dropout_p=0.5, scale=0.3)
-    assert _call(*_arguments(call)) == call
+    for section in (None, Section(48, 100, 24, 48, False)):
+        assert _call(*_arguments(replace(call, section=section))) == replace(call, section=section)
 
 
 def test_error_of_triton_on_a_cpu_has_the_reason_and_alternatives():
@@ -145,6 +151,12 @@ def test_operator_passes_opcheck(sparsity_type, dropout_p):
 def test_operator_passes_opcheck_with_packed_sequences_and_fewer_key_heads(dropout_p):
     case = _arguments(packed_call(dropout_p))
     check_operator(case)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_operator_passes_opcheck_with_a_section():
+    call = replace(packed_call(), cu_seqlens=None, max_seqlen=0)
+    check_operator(_arguments(replace(call, section=Section(32, 300, 0, 147, False))))  # all rows are queries
 
 
 def packed_call(dropout_p=0.0):

@@ -12,7 +12,17 @@ from ..kernels.backward import _lsg_bwd_dq_dkv_kernel, _lsg_bwd_slots_kernel
 from ..kernels.heads import SUMS_PADDED
 from ..kernels.reduce import _lsg_bwd_combine_kernel, _lsg_bwd_sums_kernel, _lsg_bwd_weights_kernel
 from .compress import plan_compression
-from .launch import COMBINED, Launch, attention_arguments, block_d, cdiv, key_arguments, run_on, split_globals
+from .launch import (
+    COMBINED,
+    Launch,
+    attention_arguments,
+    block_d,
+    cdiv,
+    key_arguments,
+    run_on,
+    section_arguments,
+    split_globals,
+)
 from .results import Results, Saved, restore, slot_rows, token_rows
 from .schedules import COMBINE, SUMS, WEIGHTS, Schedule, backward_schedule, hides_by_branch, target_of
 from .variant import variant_of, without_scores
@@ -108,7 +118,7 @@ def _sums_rows(call: Call) -> int:
 
 
 def _plan_sums(call: Call, results: Results, dout: Tensor, dlse: Tensor | None, sums: Tensor) -> Launch:
-    heads = call.query.shape[1]
+    heads, section = call.query.shape[1], section_arguments(call)
     tiles = _sequence_sums_rows(call) // _SUMMED
     arguments = {
         "out_ptr": results.out,
@@ -123,6 +133,7 @@ def _plan_sums(call: Call, results: Results, dout: Tensor, dlse: Tensor | None, 
         "num_heads": heads,
         "num_tokens": call.num_tokens,
         "length": call.query.shape[2],
+        **{name: section[name] for name in ("first_query", "stop_query")},
         "NUM_GLOBALS": call.pattern.num_global_tokens,
         "HEAD_DIM": call.query.shape[3],
         "BLOCK_M": _SUMMED,

@@ -20,6 +20,7 @@ COMBINED = 32
 # tiles get longer parts, so that the parts of a long sequence take less memory than its 16-bit keys: half of it in a
 # forward, and in a backward, which has parts of three gradients, three quarters.
 _PART = 512
+_SECTION = ("first_query", "stop_query", "first_seen", "first_token", "whole_tokens", "whole_slots")
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,21 @@ def attention_arguments(call: Call, results: Results, variant: Variant) -> dict[
         "kept_scale": 1.0 / (1.0 - call.dropout_p),
         "seed": call.seed_value(),
         "threshold": round(call.dropout_p * (1 << 31)),
+        **section_arguments(call),
         "V": variant,
         "BLOCK_D": block_d(call),
     }
+
+
+def section_arguments(call: Call) -> dict[str, int | None]:
+    """The arguments of every kernel that knows of sections: ``Section`` in kernels/heads.py."""
+    section, pattern = call.section, call.pattern
+    if section is None:
+        return dict.fromkeys(_SECTION)
+    first_seen = 0 if section.has_globals else pattern.num_global_tokens
+    whole = (section.num_tokens, pattern.num_slots(section.num_tokens))
+    values = (section.start, section.stop, first_seen, section.first_token, *whole)
+    return dict(zip(_SECTION, values, strict=True))
 
 
 def cdiv(a: int, b: int) -> int:

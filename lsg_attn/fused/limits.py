@@ -57,8 +57,9 @@ def unsupported_reasons(call: Call) -> list[str]:
         reasons.append(f"lsh hashes chunks of {chunk} tokens, the kernels up to {_MAX_HASHED}")
     if call.scale <= 0:
         reasons.append(f"scale is {call.scale}, the kernels take one above 0")
-    if call.section is not None:
-        reasons.append("the sequence is shared out over processes, the kernels take whole ones")
+    if call.section is not None and call.dropout_p and pattern.block_size % 4:
+        size = f"block_size is {pattern.block_size}"
+        reasons.append(f"{size}, the kernels share a sequence out with dropout where that is a multiple of 4")
     if has_tangent(call):
         reasons.append("a gradient by forward mode is asked for, the kernels have only gradients by reverse mode")
     return reasons

@@ -23,6 +23,7 @@ class Variant(NamedTuple):
         first_head: what the first head counts as, modulo f, where heads choose other tokens; else 0.
         is_wide: whether an offset within a head of a tensor may pass 2^31.
         packed: whether sequences are rows of the tensors, one after the other.
+        sectioned: whether the sequence is a section of a longer one.
     """
 
     sparsity: str
@@ -41,6 +42,7 @@ class Variant(NamedTuple):
     first_head: int
     is_wide: bool
     packed: bool
+    sectioned: bool
 
 
 # Blocks of this many tokens and reaches of this many slots are longer than any sequence, and what is added to them, not
@@ -70,12 +72,13 @@ def variant_of(call: Call, *others: Tensor) -> Variant:
         first_head=call.first_head % pattern.sparsity_factor if call.rule.varies_by_head else 0,
         is_wide=_is_wide(call, others),
         packed=call.cu_seqlens is not None,
+        sectioned=call.section is not None,
     )
 
 
 def without_scores(variant: Variant) -> Variant:
-    """The variant of a kernel that looks at keys but has no scores: which of them are seen does not matter to it."""
-    return variant._replace(has_dropout=False, causal=False)
+    """The variant of a kernel that looks at keys but has no scores: which queries see them does not matter to it."""
+    return variant._replace(has_dropout=False, causal=False, sectioned=False)
 
 
 def _is_wide(call: Call, others: tuple[Tensor, ...]) -> bool:

@@ -81,10 +81,7 @@ def attend(inputs, pattern, dlse=None, **options):
     """
     call = call_of(inputs, pattern, **options)
     saved = to_save(call, run_forward(call))
-    results, gradients = restore(call, saved), poison(allocate_gradients(call))
-    dlse = None if dlse is None else dlse.to(DEVICE)
-    run_on(DEVICE, plan_backward(call, results, inputs.dout.to(DEVICE), gradients, target_of(DEVICE), dlse=dlse))
-    return Attended(saved.out, saved.lse, *gradients)
+    return Attended(saved.out, saved.lse, *run_backward(call, saved, inputs.dout, dlse))
 
 
 def forward(inputs, pattern, **options):
@@ -99,9 +96,17 @@ def run_forward(call):
     return results
 
 
+def run_backward(call, saved, dout, dlse=None):
+    """The Gradients of a call, by the kernels, from what is Saved of its forward."""
+    results, gradients = restore(call, saved), poison(allocate_gradients(call))
+    dlse = None if dlse is None else dlse.to(DEVICE)
+    run_on(DEVICE, plan_backward(call, results, dout.to(DEVICE), gradients, target_of(DEVICE), dlse=dlse))
+    return gradients
+
+
 def call_of(
     inputs, pattern, attention_mask="inputs", dropout_p=0.0, seed=0, scale=None, directions=None, first_head=0,
-    cu_seqlens=None, max_seqlen=0,
+    cu_seqlens=None, max_seqlen=0, section=None,
 ):  # fmt: skip
     """The call on a GPU; ``attention_mask``: the inputs' own by default, or another, or None."""
     query, key, value, _, mask = (x.to(DEVICE) for x in inputs)
@@ -112,7 +117,7 @@ def call_of(
     directions = tuple(x.to(DEVICE) for x in directions)
     seed = torch.tensor(seed) if dropout_p else None
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(DEVICE)
-    options = (dropout_p, scale, pattern, first_head, cu_seqlens, max_seqlen)
+    options = (dropout_p, scale, pattern, first_head, cu_seqlens, max_seqlen, section)
     return Call(query, key, value, mask, seed, directions, *options)
 
 
