@@ -11,6 +11,7 @@ import torch
 from bench.static.key import key_of
 from bench.static.meta import meta_call, meta_passes
 from lsg_attn import SPARSITY_TYPES, LSGPattern
+from lsg_attn.call import Section
 from lsg_attn.fused.launch import Launch
 from lsg_attn.fused.schedules import missing_rows
 from lsg_attn.sparsity import RULES
@@ -32,12 +33,13 @@ class PlannedCall:
     causal: bool = False
     group: int = 1
     packed: bool = False
+    sectioned: bool = False
 
     @property
     def name(self) -> str:
         """The sparsity type, and what sets the call apart from most: "norm causal"."""
         shared = [f"{self.group} heads share keys"] if self.group > 1 else []
-        others = [name for name in ("causal", "packed") if getattr(self, name)]
+        others = [name for name in ("causal", "packed", "sectioned") if getattr(self, name)]
         return " ".join([self.sparsity_type, *others, *shared])
 
     @property
@@ -52,7 +54,8 @@ class PlannedCall:
         pattern = LSGPattern(*sizes, 2, self.sparsity_type, self.num_globals, causal=self.causal)
         batch, heads, length = 2, 16, self.num_globals + 4096
         lengths = [length] * batch if self.packed else ()
-        options = (self.dtype, self.has_mask, self.has_dropout, self.group, lengths)
+        section = Section(0, 8192, 0, 4096 - 2 * self.block_size, True) if self.sectioned else None
+        options = (self.dtype, self.has_mask, self.has_dropout, self.group, lengths, section)
         call = meta_call(pattern, (batch, heads, length, self.head_dim), *options)
         forward, backward = meta_passes(call, self.target)
         launches = [("forward", launch) for launch in forward.launches]
@@ -138,7 +141,7 @@ def planned_calls(subset: str, targets: Sequence[str]) -> Iterator[PlannedCall]:
     "quick": bfloat16, head_dim 64, a mask; "ci": all dtypes, and for bfloat16 also dropout; "all": every combination
     with head_dim 64 and 128, with and without a mask and dropout, for the default pattern. "all" also has some calls
     with blocks smaller than a tile, many globals, and head_dim 256, some that are causal, some whose heads share keys,
-    and some of packed sequences. Only some have a backward: see :func:`_has_backward`.
+    some of packed sequences and some of sections. Only some have a backward: see :func:`_has_backward`.
     """
     return (call for call in _every_call(subset, targets) if call.is_supported)
 
@@ -168,6 +171,8 @@ def _every_call(subset: str, targets: Sequence[str]) -> Iterator[PlannedCall]:
             yield replace(masked, group=4)
             yield packed
             yield replace(packed, sparsity_type="bos_pooling")
+            yield replace(masked, sectioned=True)
+            yield replace(masked, sectioned=True, has_dropout=True)
 
 
 def _has_backward(subset: str, dtype: torch.dtype, head_dim: int, has_mask: bool, has_dropout: bool) -> bool:

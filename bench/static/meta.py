@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lsg_attn import LSGPattern
-from lsg_attn.call import Call
+from lsg_attn.call import Call, Section
 from lsg_attn.fused.backward import allocate_gradients, plan_backward
 from lsg_attn.fused.compress import directions_of
 from lsg_attn.fused.forward import plan_forward
@@ -19,12 +19,12 @@ from lsg_attn.fused.results import allocate, restore, to_save
 
 def meta_call(
     pattern: LSGPattern, shape: tuple[int, int, int, int], dtype: torch.dtype, has_mask: bool, has_dropout: bool,
-    group: int = 1, lengths: Sequence[int] = (),
+    group: int = 1, lengths: Sequence[int] = (), section: Section | None = None,
 ) -> Call:  # fmt: skip
     """A call on queries of ``shape`` (batch, heads, G+T, head_dim), laid out as a projection returns them.
 
     ``group``: heads of queries that share a head of keys. ``lengths``: G+T of each packed sequence, in place of the
-    shape's batch and length.
+    shape's batch and length. ``section``: where the call lies in a longer sequence.
     """
     batch, heads, length, head_dim = shape
     rows = (1, sum(lengths)) if lengths else (batch, length)
@@ -37,7 +37,7 @@ def meta_call(
     directions = tuple(torch.empty(heads, head_dim, m // 2, device="meta") for m in pattern.lsh_buckets)
     dropout_p, seed = (0.1, torch.tensor(1 << 60)) if has_dropout else (0.0, None)
     ends = torch.empty(len(lengths) + 1, dtype=torch.int32, device="meta") if lengths else None
-    sequences = (ends, max(lengths, default=0))
+    sequences = (ends, max(lengths, default=0), section)
     return Call(query, key, value, mask, seed, directions, dropout_p, head_dim**-0.5, pattern, 0, *sequences)
 
 
