@@ -97,7 +97,7 @@ class _Probabilities:
     def __init__(self, call: Call, sweep: Sweep) -> None:
         self._scale_log2, self._kept = call.scale * _LOG2E, 1.0 - call.dropout_p
         self._work, self._sum_dtype = sweep.work, sweep.sum_dtype
-        self._call, self._layout, self._generator = call, sweep.layout, torch.Generator(call.query.device)
+        self._call, self._layout = call, sweep.layout
         self._subtracts = False
 
     def of(self, tile: Tile, query: Tensor, lse: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -152,11 +152,11 @@ class _Probabilities:
         """
         if not self._call.dropout_p:
             return None
-        mask = self._work.empty("mask", *probs.shape)
+        mask, generator = self._work.empty("mask", *probs.shape), torch.Generator(probs.device)
         for piece, *numbers in self._layout.drawn(tile.start, tile.stop, tile.windows):
             of_piece = mask.view(part.query.shape[0], -1, *probs.shape[1:])[piece]  # (heads, rows, columns)
-            self._generator.manual_seed(_mixed(self._call.seed_value(), part.batch, part.heads.start, *numbers))
-            of_piece.copy_(self._work.empty("drawn", *of_piece.shape).bernoulli_(self._kept, generator=self._generator))
+            generator.manual_seed(_mixed(self._call.seed_value(), part.batch, part.heads.start, *numbers))
+            of_piece.copy_(self._work.empty("drawn", *of_piece.shape).bernoulli_(self._kept, generator=generator))
         return mask.div_(self._kept)
 
 
