@@ -38,6 +38,7 @@ class Part:
         self.call = call_of(own, pattern, section=section, **options)
         self.saved = to_save(self.call, run_forward(self.call))
         self.out, lse = self.saved.out.cpu().float(), self.saved.lse.cpu()
+        assert self.out[:, :, ~self.is_query].isnan().all()  # not written
         self.lse = lse.masked_fill(lse == torch.inf, -torch.inf)
 
     def gradients(self, dout, dlse):
