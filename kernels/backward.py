@@ -99,12 +99,12 @@ def _load_keys(start, first, rows, readable, visible, keys, offs_d, V: tl.conste
 
 
 @triton.jit
-def _add_dq(dq, tile, keys, scores, offs_n, source, KIND: tl.constexpr, V: tl.constexpr):
+def _add_dq(dq, tile, keys, scores, start, offs_n, source, KIND: tl.constexpr, V: tl.constexpr):
     """The STEP of a walk whose state is the gradient of a tile of queries, without the scale of scores."""
     dprobs = tl.dot(tile.dout, tl.trans(keys.v), input_precision="ieee")
     keeps = None
     if V.has_dropout:
-        keeps = dropout_keeps(tile.draws, key_columns(offs_n, source, KIND, V), tile.q.shape[0], False)
+        keeps = dropout_keeps(tile.draws, key_columns(start, offs_n, source, KIND, V), tile.q.shape[0], False)
     _, dscores = score_gradients(
         scores, dprobs, tile.lse_log2[:, None], tile.delta[:, None], keeps, source.scale_log2, source.kept_scale
     )
@@ -144,7 +144,8 @@ def _add_dkv(
         dprobs = tl.dot(keys.v, tl.trans(tile.dout), input_precision="ieee")
         keeps = None
         if V.has_dropout:
-            keeps = dropout_keeps(tile.draws, key_columns(offs_n, source, KIND, V), BLOCK_N, True)
+            columns = key_columns(keys.start, tl.arange(0, keys.k.shape[0]), source, KIND, V)
+            keeps = dropout_keeps(tile.draws, columns, BLOCK_N, True)
         probs, dscores = score_gradients(
             scores, dprobs, tile.lse_log2[None, :], tile.delta[None, :], keeps, source.scale_log2, source.kept_scale
         )

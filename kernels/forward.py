@@ -42,11 +42,11 @@ class _Queries(NamedTuple):
 
 
 @triton.jit
-def _attend(state, tile, keys, scores, offs_n, source, KIND: tl.constexpr, V: tl.constexpr):
+def _attend(state, tile, keys, scores, start, offs_n, source, KIND: tl.constexpr, V: tl.constexpr):
     """The STEP of a walk whose state is a Softmax."""
     keeps = None
     if V.has_dropout:
-        keeps = dropout_keeps(tile.draws, key_columns(offs_n, source, KIND, V), tile.q.shape[0], False)
+        keeps = dropout_keeps(tile.draws, key_columns(start, offs_n, source, KIND, V), tile.q.shape[0], False)
     return softmax_step(state, scores, keys.v, keeps, source.scale_log2)
 
 

@@ -1,8 +1,9 @@
 """The walk over keys that the forward and the gradient of queries share: globals, slots, then local windows.
 
-What is done with a tile of keys is a STEP: a jit function of (state, tile, keys, scores, offs_n, source, KIND, V) that
-returns the next state. ``tile``: a named tuple of the tile's queries that has ``q`` (BLOCK_M, BLOCK_D). ``keys``:
-Keys (BLOCK_N, BLOCK_D) of the keys ``offs_n``; ``scores``: (BLOCK_M, BLOCK_N), -inf where a key is not visible.
+What is done with a tile of keys is a STEP: a jit function of (state, tile, keys, scores, start, offs_n, source, KIND,
+V) that returns the next state. ``tile``: a named tuple of the tile's queries that has ``q`` (BLOCK_M, BLOCK_D).
+``keys``: Keys (BLOCK_N, BLOCK_D) of the keys ``offs_n`` after ``start``; ``scores``: (BLOCK_M, BLOCK_N), -inf where a
+key is not visible.
 """
 
 import triton
@@ -88,7 +89,7 @@ def _walk(
         if rows is not None:
             tokens = start - V.num_globals + offs_n
             scores = tl.where(tokens[None, :] <= rows[:, None], scores, float("-inf"))
-        state = STEP(state, tile, Keys(k, v), scores, start + offs_n, source, KIND, V)
+        state = STEP(state, tile, Keys(k, v), scores, start, offs_n, source, KIND, V)
     return state
 
 
@@ -97,9 +98,13 @@ def walk_part(
     state, tile, start, stop, source, V: tl.constexpr, BLOCK_N: tl.constexpr, BRANCH: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Take positions [start, stop), all of which a tile of global queries sees, into ``state``."""
-    near = trim(start, stop, source, "token", V)
-    none = KeyRange(0, 0, False)
-    return _walk(state, tile, None, None, near, none, source, "token", False, V, BLOCK_N, BRANCH, STEP)
+    far = KeyRange(0, 0, False)
+    if V.sectioned and V.has_dropout:  # columns of a tile are those of globals or of tokens
+        near = trim(start, tl.minimum(stop, V.num_globals), source, "token", V)
+        far = trim(tl.maximum(start, V.num_globals), stop, source, "token", V)
+    else:
+        near = trim(start, stop, source, "token", V)
+    return _walk(state, tile, None, None, near, far, source, "token", False, V, BLOCK_N, BRANCH, STEP)
 
 
 @triton.jit

@@ -277,18 +277,19 @@ def in_windows(row_block, offs_n, KIND: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def key_columns(offs_n, source, KIND: tl.constexpr, V: tl.constexpr):
-    """The columns that dropout counts keys by: positions of the whole sequence, and after them slots."""
+def key_columns(start, offs_n, source, KIND: tl.constexpr, V: tl.constexpr):
+    """The columns that dropout counts keys by: positions of the whole sequence, and after them slots.
+
+    They are keys ``offs_n`` after ``start``: tokens, unless that is a global.
+    """
+    if KIND != "token":
+        start += source.generator.slots
     if V.sectioned:
         if KIND == "token":
-            return offs_n + tl.where(offs_n < V.num_globals, 0, source.section.first_token)
+            start += tl.where(start < V.num_globals, 0, source.section.first_token)
         else:
-            first_slot = source.section.first_token // V.block * V.step
-            return source.generator.slots + first_slot + offs_n
-    elif KIND == "token":
-        return offs_n
-    else:
-        return source.generator.slots + offs_n
+            start += source.section.first_token // V.block * V.step
+    return start + offs_n
 
 
 @triton.jit
