@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .checks import type_name
 from .communication import Group
-from .dispatch import answered_by
+from .dispatch import Answer, answered_by
 from .pattern import LSGPattern
 from .sections import Span, shares, spans_of
 from .sharded import sharded_attention
@@ -48,8 +48,16 @@ def context_parallel(mesh: Mesh | Group) -> Iterator[Group]:
             things or their tokens are not whole blocks; RuntimeError if a process is lost, naming it.
     """
     group = mesh if isinstance(mesh, Group) else Group(mesh)
-    with answered_by(partial(torch.compiler.disable(sharded_attention), group)):
+    with answered_by(answers_of(group)):
         yield group
+
+
+def answers_of(group: Group) -> Answer:
+    """What answers calls of the attention together with the other processes of a group."""
+    return partial(_answer, group)
+
+
+_answer = torch.compiler.disable(sharded_attention)
 
 
 def shard(x: Tensor, mesh: Mesh | Group, *, pattern: LSGPattern, dim: int, has_globals: bool = True) -> Tensor:
@@ -88,6 +96,15 @@ def gather(x: Tensor, mesh: Mesh | Group, *, pattern: LSGPattern, dim: int, has_
     group, dim, count = _checked(x, mesh, pattern, dim, has_globals)
     sizes = group.all_gather(torch.tensor([x.shape[dim] - count], device=x.device))()[:, 0].tolist()
     out: Tensor = _Gather.apply(x, group, spans_of(sizes, pattern.block_size), dim, count)  # type: ignore[no-untyped-call]
+    return out
+
+
+def first_rows(x: Tensor, group: Group, count: int) -> Tensor:
+    """The first ``count`` rows (batch, count, width) of x (batch, rows, width) as the first process has them.
+
+    x may have fewer rows on others. Its gradient is the sum of all processes' there, and 0 elsewhere.
+    """
+    out: Tensor = _FirstRows.apply(x, group, count)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -135,6 +152,23 @@ class _Gather(torch.autograd.Function):
         globals_, tokens = dout.split([count, dout.shape[dim] - count], dim)
         own = tokens.narrow(dim, spans[group.rank].start, spans[group.rank].size)
         return torch.cat([globals_, own * group.size], dim), None, None, None, None
+
+
+class _FirstRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group, count: int) -> Tensor:
+        ctx.group, ctx.shape = group, x.shape
+        batch, _, width = x.shape
+        out = x[:, :count].contiguous() if group.rank == 0 else x.new_empty(batch, count, width)
+        group.broadcast(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        total, dx = ctx.group.all_gather(dout.contiguous())().sum(0), dout.new_zeros(ctx.shape)
+        if ctx.group.rank == 0:
+            dx[:, : dout.shape[1]] = total
+        return dx, None, None
 
 
 def _whole(tokens: Tensor, group: Group, spans: list[Span], dim: int) -> Tensor:

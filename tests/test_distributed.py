@@ -150,20 +150,19 @@ def check_counts(mesh):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_processes_compute_what_one_does(ranks, tmp_path):
-    run_processes(ranks, check_attention, tmp_path, 6)
+    run_processes(ranks, [check_attention], tmp_path, 6)
 
 
-@pytest.mark.parametrize("check", [check_layer, check_errors])
-def test_two_processes(check, tmp_path):
-    run_processes(2, check, tmp_path)
+def test_two_processes(tmp_path):
+    run_processes(2, [check_layer, check_errors], tmp_path)
 
 
 def test_four_processes(tmp_path):
-    run_processes(4, check_counts, tmp_path)
+    run_processes(4, [check_counts], tmp_path)
 
 
 def test_a_lost_process_is_named(tmp_path):
-    run_processes(3, check_lost_process, tmp_path, tmp_path)
+    run_processes(3, [check_lost_process], tmp_path, tmp_path)
     assert (tmp_path / "0").exists()
     assert (tmp_path / "2").exists()
 
