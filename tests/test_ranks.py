@@ -2,11 +2,13 @@
 
 import itertools
 import random
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from processes import run_processes
+from rich.console import Console
 
 from bench.static import model
 from bench.static.ranks import Attention, all_gather, context_parallel, hidden_from, ring, table_of_others, ulysses
@@ -73,6 +75,18 @@ def test_exchange_is_hidden_from_some_span_on(is_backward):
     for n, is_hidden in ((tokens, True), (tokens - 128, False)):
         traffic = context_parallel(BFLOAT16, [n] * 8, 4)[is_backward]
         assert (traffic.received_bytes / rate <= 1e-6 * bound(n, is_backward)) == is_hidden
+
+
+def test_performance_page_has_these_figures(monkeypatch):
+    """Those of the command that it names, of the types whose figures differ."""
+    console = Console(record=True, width=400)
+    monkeypatch.setattr("bench.static.ranks.Console", lambda **_: console)
+    model.main(["--ranks", "8", "64", "1024", "--types", "norm", "bos_pooling", "none"])
+    lines = [[cell.strip() for cell in line.split("│")] for line in console.export_text().splitlines() if "│" in line]
+    assert len(lines) == 3 * 3 + 3 * 3
+    page = (Path(__file__).parents[1] / "docs/performance.md").read_text(encoding="utf-8").splitlines()
+    for _, *cells, _ in lines:
+        assert f"| {' | '.join(cells)} |" in page
 
 
 def test_more_ranks_than_heads_have_no_ulysses():
