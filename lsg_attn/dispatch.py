@@ -20,7 +20,7 @@ from .operator import operator_attention
 from .packing import attend_each
 from .reference import reference_attention
 
-_IMPLEMENTATIONS = ("auto", "triton", "cpp", "torch", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "cpp", "torch", "reference")
 
 
 Answer = Callable[[Call, str, bool], "Tensor | tuple[Tensor, Tensor]"]
@@ -43,9 +43,13 @@ def answer(call: Call, implementation: str, return_lse: bool) -> Tensor | tuple[
     return (_others[-1] if _others else answer_here)(call, implementation, return_lse)
 
 
-def draw_seed() -> Tensor:
-    """A seed of dropout from PyTorch's generator, on the CPU: no device is waited for, and a CUDA graph keeps it."""
-    return torch.randint(1 << 62, (), device="cpu")
+def draw_seed(call: Call) -> Tensor:
+    """A seed of dropout from PyTorch's generator, on the CPU: no device is waited for, and a CUDA graph keeps it.
+
+    Processes that share the heads out may draw the same number: each adds its own.
+    """
+    seed = torch.randint(1 << 62, (), device="cpu")
+    return seed + call.first_head if call.first_head else seed
 
 
 def answer_here(call: Call, implementation: str, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
@@ -67,9 +71,7 @@ def answer_here(call: Call, implementation: str, return_lse: bool) -> Tensor | t
             )
         implementation = _choose(implementation, call)
     if call.dropout_p and implementation != "reference" and call.seed is None:
-        seed = draw_seed()
-        # Processes that share the heads out may draw the same number: each adds its own.
-        call = replace(call, seed=seed + call.first_head if call.first_head else seed)
+        call = replace(call, seed=draw_seed(call))
     out, lse = _attend(implementation, call)
     if not return_lse:
         return out
@@ -85,7 +87,7 @@ def check_implementation(implementation: str, name: str = "implementation") -> N
     """
     if not isinstance(implementation, str):
         raise TypeError(f"{name}: expected a str, got {type_name(implementation)}")
-    if implementation not in _IMPLEMENTATIONS:
+    if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{name}: expected 'auto', 'triton', 'cpp', 'torch' or 'reference', got {implementation!r}")
 
 

@@ -94,7 +94,8 @@ def gather(x: Tensor, mesh: Mesh | Group, *, pattern: LSGPattern, dim: int, has_
         TypeError, ValueError: an argument is not as above, or processes do not have whole blocks.
     """
     group, dim, count = _checked(x, mesh, pattern, dim, has_globals)
-    sizes = group.all_gather(torch.tensor([x.shape[dim] - count], device=x.device))()[:, 0].tolist()
+    size = torch.tensor([x.shape[dim] - count], device=group.device_of_numbers(x.device))
+    sizes = group.all_gather(size)()[:, 0].tolist()
     out: Tensor = _Gather.apply(x, group, spans_of(sizes, pattern.block_size), dim, count)  # type: ignore[no-untyped-call]
     return out
 

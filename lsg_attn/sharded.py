@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .call import Call
 from .communication import Group, Message
-from .dispatch import answer_here, draw_seed
+from .dispatch import IMPLEMENTATIONS, answer_here, draw_seed
 from .merging import merge, merge_backward
 from .pattern import SPARSITY_TYPES, LSGPattern
 from .sections import Piece, Span, halo_of, pieces_of, spans_of
@@ -63,19 +63,21 @@ def sharded_attention(
     if group.size == 1:
         return answer_here(call, implementation, return_lse)
     if call.dropout_p:
-        call = replace(call, seed=draw_seed())
-    sizes, seed = _agree(group, call, return_lse)
+        call = replace(call, seed=draw_seed(call))
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
+    sizes, seed = _agree(group, call, implementation, return_lse, needs_grad)
     if call.dropout_p:
         call = replace(call, seed=torch.tensor(seed, device="cpu"))
-    options = (call, implementation, group, Shard(group, call.pattern, sizes))
+    options = (call, implementation, group, Shard(group, call.pattern, sizes), needs_grad)
     out, lse = _ShardedAttention.apply(call.query, call.key, call.value, options)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
 
 
-def _agree(group: Group, call: Call, return_lse: bool) -> tuple[list[int], int]:
+def _agree(
+    group: Group, call: Call, implementation: str, return_lse: bool, needs_grad: bool
+) -> tuple[list[int], int]:  # fmt: skip
     """The tokens that each process has, and the seed of the first one, once all are found to ask for the same."""
     query, key, pattern, mask = call.query, call.key, call.pattern, call.attention_mask
-    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, call.value))
     alike: dict[str, Any] = {
         "dtype": _DTYPES.index(query.dtype),
         "batch": query.shape[0],
@@ -89,11 +91,13 @@ def _agree(group: Group, call: Call, return_lse: bool) -> tuple[list[int], int]:
         "scale": _bits(call.scale),
         "first_head": call.first_head,
         "lsh_projections": len(call.projections),
+        "implementation": IMPLEMENTATIONS.index(implementation),
         "return_lse": return_lse,
         "requires_grad": needs_grad,
     }
     numbers = [*map(int, alike.values()), call.num_tokens, call.seed_value()]
-    found = group.all_gather(torch.tensor(numbers, dtype=torch.int64, device=query.device))().tolist()
+    device = group.device_of_numbers(query.device)
+    found = group.all_gather(torch.tensor(numbers, dtype=torch.int64, device=device))().tolist()
     for i, name in enumerate(alike):
         if len({row[i] for row in found}) > 1:
             values = [_READABLE.get(name, int)(row[i]) for row in found]
@@ -117,6 +121,7 @@ _READABLE: dict[str, Any] = {
     "sparsity_type": SPARSITY_TYPES.__getitem__,
     "dropout_p": _float,
     "scale": _float,
+    "implementation": IMPLEMENTATIONS.__getitem__,
     "causal": bool,
     "attention_mask": bool,
     "return_lse": bool,
@@ -128,8 +133,7 @@ class _ShardedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, options: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
         """``options``: those of _Run, whose call has the same tensors."""
-        call, implementation, group, shard = options
-        ctx.run = _Run(call, implementation, group, shard, any(ctx.needs_input_grad))
+        ctx.run = _Run(*options)
         ctx.set_materialize_grads(False)
         out, lse = ctx.run.forward()
         return out, lse

@@ -61,6 +61,8 @@ def check_attention(mesh, count):
         dlse = inputs.dout[..., 0].contiguous()
         implementation = "torch" if dropout else ("auto", "reference")[tokens % 2]
         options = {"dropout_p": dropout, "implementation": implementation}
+        if not pattern.rule.is_hashed:
+            options["first_head"] = 3
         expected = run(partial(alone, pattern, options), inputs, dlse)
         seed = 3 + dist.get_rank()  # the first process's counts
         got, again = (run(partial(together, mesh, pattern, options), inputs, dlse, seed) for _ in range(2))
@@ -102,6 +104,8 @@ def check_errors(mesh):
         ):
             with pytest.raises(ValueError, match=message):
                 lsg_attention(x, x.detach(), x.detach(), pattern)
+        with pytest.raises(ValueError, match=r"implementation: expected the same.*\['torch', 'reference'\]"):
+            lsg_attention(q, q, q, PATTERN, implementation=("torch", "reference")[rank])
         with pytest.raises(ValueError, match="one sequence at a time"):
             lsg_attention_varlen(*[q[0].transpose(0, 1)] * 3, torch.tensor([0, 34]), 34, PATTERN)
         with pytest.raises(ValueError, match="draws dropout for a whole"):
