@@ -38,7 +38,7 @@ LINKS = {"NVLink 4": 450e9, "400 Gb/s": 50e9}
 _HIDDEN = [f"hidden from, {link}" for link in LINKS]
 _CAPTION = "hidden from: with so many tokens of its own, a rank's attention takes as long, by the bounds of an H100 SXM"
 # The numbers that ranks compare before an attention, besides the pattern's, 8 bytes each.
-_NUMBERS = 14
+_NUMBERS = 15
 
 # Microseconds that an attention of so many tokens takes at least, or with True its backward.
 Bound = Callable[[int, bool], float]
