@@ -48,7 +48,7 @@ def check_traffic(mesh):
 
 
 def test_ranks_receive_what_the_model_says(tmp_path):
-    run_processes(4, check_traffic, tmp_path)
+    run_processes(4, [check_traffic], tmp_path)
 
 
 def test_traffic_does_not_grow_with_spans_longer_than_the_halo():
