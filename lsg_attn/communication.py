@@ -99,7 +99,8 @@ class Group:
             packed = torch.cat([_bytes(x) for x in message.tensors])
             operations.append(self._operation(dist.isend, packed, message.peer))
         for message in receives:
-            packed = torch.cat([_bytes(x) for x in message.tensors])
+            size = sum(_bytes(x).numel() for x in message.tensors)
+            packed = torch.empty(size, dtype=torch.uint8, device=message.tensors[0].device)
             buffers.append(packed)
             operations.append(self._operation(dist.irecv, packed, message.peer))
             self._count(packed.numel(), 1)

@@ -43,6 +43,16 @@ def answer(call: Call, implementation: str, return_lse: bool) -> Tensor | tuple[
     return (_others[-1] if _others else answer_here)(call, implementation, return_lse)
 
 
+def refuse_shared_out(name: str) -> None:
+    """Check that a function is not called where processes share out the sequence.
+
+    Raises:
+        ValueError: it is.
+    """
+    if _others:
+        raise ValueError(f"{name}: expected whole sequences, but within context_parallel each process has a part")
+
+
 def draw_seed(call: Call) -> Tensor:
     """A seed of dropout from PyTorch's generator, on the CPU: no device is waited for, and a CUDA graph keeps it.
 

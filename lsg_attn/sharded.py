@@ -65,9 +65,11 @@ def sharded_attention(
     if call.dropout_p:
         call = replace(call, seed=draw_seed(call))
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
-    sizes, seed = _agree(group, call, implementation, return_lse, needs_grad)
+    sizes, seed, some_have_mask = _agree(group, call, implementation, return_lse, needs_grad)
     if call.dropout_p:
         call = replace(call, seed=torch.tensor(seed, device="cpu"))
+    if some_have_mask and call.attention_mask is None:  # this process has no padding
+        call = replace(call, attention_mask=call.keep())
     options = (call, implementation, group, Shard(group, call.pattern, sizes), needs_grad)
     out, lse = _ShardedAttention.apply(call.query, call.key, call.value, options)  # type: ignore[no-untyped-call]
     return (out, lse) if return_lse else out
@@ -75,9 +77,12 @@ def sharded_attention(
 
 def _agree(
     group: Group, call: Call, implementation: str, return_lse: bool, needs_grad: bool
-) -> tuple[list[int], int]:  # fmt: skip
-    """The tokens that each process has, and the seed of the first one, once all are found to ask for the same."""
-    query, key, pattern, mask = call.query, call.key, call.pattern, call.attention_mask
+) -> tuple[list[int], int, bool]:  # fmt: skip
+    """What only all processes know, once they are found to ask for the same.
+
+    It is the number of tokens that each has, the seed of the first one, and whether some have a mask.
+    """
+    query, key, pattern = call.query, call.key, call.pattern
     alike: dict[str, Any] = {
         "dtype": _DTYPES.index(query.dtype),
         "batch": query.shape[0],
@@ -86,7 +91,6 @@ def _agree(
         "head_dim": query.shape[3],
         **vars(pattern),
         "sparsity_type": SPARSITY_TYPES.index(pattern.sparsity_type),
-        "attention_mask": mask is not None,
         "dropout_p": _bits(call.dropout_p),
         "scale": _bits(call.scale),
         "first_head": call.first_head,
@@ -95,14 +99,16 @@ def _agree(
         "return_lse": return_lse,
         "requires_grad": needs_grad,
     }
-    numbers = [*map(int, alike.values()), call.num_tokens, call.seed_value()]
+    has_mask = call.attention_mask is not None
+    numbers = [*map(int, alike.values()), call.num_tokens, call.seed_value(), int(has_mask)]
     device = group.device_of_numbers(query.device)
     found = group.all_gather(torch.tensor(numbers, dtype=torch.int64, device=device))().tolist()
     for i, name in enumerate(alike):
         if len({row[i] for row in found}) > 1:
             values = [_READABLE.get(name, int)(row[i]) for row in found]
             raise ValueError(f"{name}: expected the same on all ranks of context_parallel, got {values} in their order")
-    return [row[-2] for row in found], found[0][-1]
+    sizes, seeds, masks = zip(*(row[-3:] for row in found), strict=True)
+    return list(sizes), seeds[0], any(masks)
 
 
 def _bits(x: float) -> int:
@@ -123,7 +129,6 @@ _READABLE: dict[str, Any] = {
     "scale": _float,
     "implementation": IMPLEMENTATIONS.__getitem__,
     "causal": bool,
-    "attention_mask": bool,
     "return_lse": bool,
     "requires_grad": bool,
 }
@@ -226,15 +231,15 @@ class _Run:
             for rank, span in shard.receives.items():
                 for x, grad in zip(dfetched[rank], grads[1:], strict=True):
                     _add(x, span, grad[:, :, count:], part.piece.keys)
-        downed = {rank: [_empty_rows(key, span.size) for _ in "kv"] for rank, span in shard.sends.items()}
-        wait = self._start_exchange(dfetched, downed)
+        returned = {rank: [_empty_rows(key, span.size) for _ in "kv"] for rank, span in shard.sends.items()}
+        wait = self._start_exchange(dfetched, returned)
         # 3. Differentiate the rest.
         dmerged = gathered().sum(0)
         dout_part, dlse_part = merge_backward(
             self.merged, self.group.rank, self.out_of_globals, dmerged[..., :-1], dmerged[..., -1]
         )
         dout = torch.cat([dout_part.to(dout.dtype), dout[:, :, count:]], 2)
-        dlse = torch.cat([dlse_part, dlse[:, :, count:]], 2)
+        dlse = torch.cat([dlse_part, dlse[:, :, count:]], 2) if has_dlse or count else None
         dquery, dkey, dvalue = self._differentiate(main, dout, dlse)
         # 4. Add up: of this process, then of the others in the order of their ranks.
         dfirst = self._take_first(main.piece, dquery)
@@ -246,7 +251,7 @@ class _Run:
                 _add(x[:, :, count:], shard.own, grad[:, :, count:], piece.keys)
         wait()
         for rank, span in shard.sends.items():
-            for x, grad in zip((dkey, dvalue), downed[rank], strict=True):
+            for x, grad in zip((dkey, dvalue), returned[rank], strict=True):
                 _add(x[:, :, count:], shard.own, grad, span)
         if self.weights_by_query:
             dfirst = self.group.all_gather(dfirst)().sum(0)

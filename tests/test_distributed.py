@@ -11,7 +11,15 @@ import torch
 import torch.distributed as dist
 from processes import run_processes
 
-from lsg_attn import SPARSITY_TYPES, LSGAttention, LSGPattern, lsg_attention, lsg_attention_varlen
+from lsg_attn import (
+    SPARSITY_TYPES,
+    LSGAttention,
+    LSGPattern,
+    attention_weights,
+    lsg_attention,
+    lsg_attention_varlen,
+    with_global_positions,
+)
 from lsg_attn.communication import Group
 from lsg_attn.distributed import context_parallel, gather, shard
 from lsg_attn.testing import PADDINGS, TOLERANCES, assert_close, make_inputs
@@ -108,6 +116,12 @@ def check_errors(mesh):
             lsg_attention(q, q, q, PATTERN, implementation=("torch", "reference")[rank])
         with pytest.raises(ValueError, match="one sequence at a time"):
             lsg_attention_varlen(*[q[0].transpose(0, 1)] * 3, torch.tensor([0, 34]), 34, PATTERN)
+        for refused in (
+            lambda: with_global_positions(q, q, q, PATTERN, torch.zeros(1, 34, dtype=torch.bool)),
+            lambda: attention_weights(q, q, PATTERN, rows=[0]),
+        ):
+            with pytest.raises(ValueError, match="expected whole sequences, but within context_parallel"):
+                refused()
         with pytest.raises(ValueError, match="draws dropout for a whole"):
             lsg_attention(q, q, q, PATTERN, dropout_p=0.5, implementation="reference")
         leaf = q.detach().clone().requires_grad_()

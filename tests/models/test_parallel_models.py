@@ -7,14 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from family_recordings import SEQ2SEQ, document, tiny
+from packaging.version import Version
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from transformers import BertConfig, BertModel
 
-from lsg_attn.distributed import shard
-from lsg_attn.models import parallelize
+from lsg_attn import LSGPattern
+from lsg_attn.distributed import context_parallel, gather, shard
+from lsg_attn.models import parallelize, use_lsg
 from lsg_attn.models.families import FAMILIES
 from lsg_attn.testing import assert_close
 
@@ -128,6 +132,23 @@ def check_refusals(mesh):
         model(ids)
 
 
+def check_any_encoder(mesh):
+    """A plain model with LSG attention: the caller shares out ids and positions, of which the first are global."""
+    if Version(transformers.__version__) < Version("5.0.1"):
+        return  # no such interface for encoders
+    pattern = LSGPattern(16, 16, 2, "norm", 2)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    plain = use_lsg(BertModel(BertConfig(**sizes, vocab_size=99, pad_token_id=1)), pattern).double().eval()
+    ids, mask = document()  # with padding that one process has
+    expected = plain(ids, mask).last_hidden_state
+    positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
+    with context_parallel(mesh) as group:
+        own = [shard(x, group, pattern=pattern, dim=1) for x in (ids, mask, positions)]
+        states = plain(own[0], own[1], position_ids=own[2]).last_hidden_state
+        torch.testing.assert_close(gather(states, group, pattern=pattern, dim=1), expected)
+
+
 def check_fully_shard(mesh):
     """FSDP over the same processes averages gradients by itself."""
     from torch.distributed.fsdp import fully_shard
@@ -182,7 +203,8 @@ def check_short(mesh):
 
 
 def test_two_processes(tmp_path):
-    run_processes(2, [check_families, check_shards, check_dropout, check_refusals, check_fully_shard], tmp_path)
+    checks = [check_families, check_shards, check_any_encoder, check_dropout, check_refusals, check_fully_shard]
+    run_processes(2, checks, tmp_path)
 
 
 def test_four_processes(tmp_path):
