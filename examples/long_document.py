@@ -133,9 +133,10 @@ def main() -> None:
     ids = broadcast_ids(ids, device)
 
     try:
-        embedding, row = measure(model, ids, group)
-    except ValueError as error:  # such as a document longer than the model
+        model.check_length(ids.shape[1], model.config.max_position_embeddings - model.position_offset())
+    except ValueError as error:
         parser.error(str(error))
+    embedding, row = measure(model, ids, group)
     rows: list[Any] = [None] * group.size
     dist.all_gather_object(rows, row)
     if group.rank == 0:

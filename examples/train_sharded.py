@@ -187,12 +187,15 @@ def loss_of(model: Any, ids: Tensor, labels: Tensor, num_masked: int, mesh: Devi
 
 
 def train(
-    model: Any, optimizer: Any, documents: Documents, checkpoints: Checkpoints, mesh: DeviceMesh, options: Any
-) -> None:  # fmt: skip
-    """Train from the newest checkpoint on, up to the last step."""
-    first = checkpoints.newest_step()
-    if first:
-        checkpoints.load(first, model, optimizer)
+    model: Any,
+    optimizer: Any,
+    documents: Documents,
+    checkpoints: Checkpoints,
+    mesh: DeviceMesh,
+    first: int,
+    options: argparse.Namespace,
+) -> None:
+    """Do the steps after the one with the number ``first``."""
     row, rows = mesh["document"].get_local_rank(), mesh["document"].size()
     for step in range(first + 1, options.steps + 1):
         torch.manual_seed(seed_from(options.seed, "dropout", step, dist.get_rank()))
@@ -261,13 +264,18 @@ def main() -> None:
         parser.error(f"--model: expected an LSG encoder, as `lsg-attn convert` writes, got {options.model}: {error}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.learning_rate)
     try:
+        encoder = model.base_model
+        encoder.check_length(options.tokens, model.config.max_position_embeddings - encoder.position_offset())
         documents = Documents(ids_of(text, tokenizer), tokenizer, options.tokens, options.seed)
         settings = {"model": options.model, "text": documents.digest(), "processes": size}
         settings |= {name: getattr(options, name) for name in ("context", "tokens", "learning_rate", "seed")}
         checkpoints = Checkpoints(options.output, settings)
-        train(model, optimizer, documents, checkpoints, mesh, options)
-    except ValueError as error:  # such as a document longer than the model, or another training's folder
+        first = checkpoints.newest_step()
+        if first:
+            checkpoints.load(first, model, optimizer)
+    except ValueError as error:
         parser.error(str(error))
+    train(model, optimizer, documents, checkpoints, mesh, first, options)
     path = checkpoints.save_model(model, tokenizer)
     if dist.get_rank() == 0:
         print(f"saved to {path}")

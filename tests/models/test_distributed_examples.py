@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from family_recordings import FOLDER, tiny
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,12 +24,16 @@ from lsg_attn.testing import assert_close
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import long_document
+import train_sharded
 from processes import run_processes
 from token_ids import ids_of, read_text
 from train_sharded import IGNORED, Documents, loss_of, share_out
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BASE = FOLDER / "bert/base_512"
+# As torchrun tells a process that it is the only one; it then finds a port by itself.
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
 PATTERN = {"block_size": 32, "sparse_block_size": 32, "num_global_tokens": 2}
 
 
@@ -52,7 +57,7 @@ def start(processes, name, *arguments):
     """Start an example by torchrun; one process alone by itself, as torchrun would start it, which is faster."""
     command, env = [sys.executable], {**os.environ, "OMP_NUM_THREADS": "1"}
     if processes == 1:
-        env |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+        env |= ALONE
     else:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += [str(EXAMPLES / name), *map(str, arguments), "--device", "cpu"]
@@ -100,19 +105,55 @@ def test_long_document(checkpoint, text):
     assert "3,333 tokens, 2 processes, cpu, torch.float32" in outs[1]
 
 
-def test_long_document_refuses(checkpoint, text, tmp_path):
-    out = run(1, "long_document.py", text, "--model", checkpoint, fails=True)
-    assert "expected at most max_position_embeddings=4096 tokens, got" in out
-    assert "extend the model with lsg_attn.models.convert" in out
-    out = run(1, "long_document.py", tmp_path / "none", "--model", checkpoint, fails=True)
-    assert f"expected a text file in UTF-8 at {tmp_path / 'none'}: " in out
-    out = run(1, "long_document.py", text, "--model", BASE, fails=True)
-    assert f"--model: expected an LSG encoder, as `lsg-attn convert` writes, got {BASE}: " in out
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "long_document.py", "--model", "x"], capture_output=True, text=True
-    )
-    assert done.returncode == 2
-    assert "expected to be started by torchrun" in done.stderr
+@pytest.fixture
+def error_of(monkeypatch, capsys):
+    """The error with which an example's main ends, as the only process, with some arguments."""
+
+    def run_main(main, *arguments):
+        monkeypatch.setattr(sys, "argv", [main.__module__, *map(str, arguments), "--device", "cpu"])
+        try:
+            with pytest.raises(SystemExit) as stop:
+                main()
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    for name, value in ALONE.items():
+        monkeypatch.setenv(name, value)
+    return run_main
+
+
+def test_long_document_refuses(checkpoint, text, tmp_path, error_of, monkeypatch):
+    main = long_document.main
+    error = error_of(main, text, "--model", checkpoint)
+    assert "expected at most max_position_embeddings=4096 tokens, got" in error
+    assert "extend the model with lsg_attn.models.convert" in error
+    error = error_of(main, tmp_path / "none", "--model", checkpoint)
+    assert f"expected a text file in UTF-8 at {tmp_path / 'none'}: " in error
+    for folder in (BASE, tmp_path):
+        error = error_of(main, text, "--model", folder)
+        assert f"--model: expected an LSG encoder, as `lsg-attn convert` writes, got {folder}: " in error
+    error = error_of(main, text, "--model", checkpoint, "--tokens", 10**6)
+    assert re.search(r"--tokens: expected at most \d+, as the text has no more, got 1000000", error)
+    assert "--tokens: expected at least 3, got 2" in error_of(main, text, "--model", checkpoint, "--tokens", 2)
+    monkeypatch.delenv("WORLD_SIZE")
+    assert "expected to be started by torchrun" in error_of(main, text, "--model", checkpoint)
+
+
+def test_training_refuses(checkpoint, text, tmp_path, error_of, monkeypatch):
+    main, common = train_sharded.main, [text, "--model", checkpoint, "--output", tmp_path / "out"]
+    error = error_of(main, *common, "--context", 3)
+    assert "--context: expected a divisor of the number of processes, 1, got 3" in error
+    error = error_of(main, *common, "--tokens", 5000)
+    assert "expected at most max_position_embeddings=4096 tokens, got 5000" in error
+    assert "--save-every: expected at least 1, got 0" in error_of(main, *common, "--save-every", 0)
+    error = error_of(main, text, "--model", BASE, "--output", tmp_path / "out")
+    assert f"--model: expected an LSG encoder, as `lsg-attn convert` writes, got {BASE}: " in error
+    monkeypatch.delenv("WORLD_SIZE")
+    assert "expected to be started by torchrun" in error_of(main, *common)
+    assert not (tmp_path / "out").exists()
 
 
 def test_training_goes_on_after_a_kill(checkpoint, text, tmp_path):
@@ -152,16 +193,6 @@ def test_training_goes_on_after_a_kill(checkpoint, text, tmp_path):
     assert not losses_of(out)
 
 
-def test_training_refuses(checkpoint, text, tmp_path):
-    common = [text, "--model", checkpoint, "--output", tmp_path / "out"]
-    out = run(1, "train_sharded.py", *common, "--context", 3, fails=True)
-    assert "--context: expected a divisor of the number of processes, 1, got 3" in out
-    out = run(1, "train_sharded.py", *common, "--tokens", 10**6, fails=True)
-    assert re.search(r"--tokens: expected at most \d+, as the text has no more, got 1000000", out)
-    out = run(1, "train_sharded.py", *common, "--tokens", 5000, fails=True)
-    assert "expected at most max_position_embeddings=4096 tokens, got 5000" in out
-
-
 def check_gradients(everybody, documents):
     """The gradients of the mean over all masked tokens, whether processes share documents or read different ones."""
     plain = tiny(BERT, LSGBertForMaskedLM).double().train()
@@ -178,7 +209,7 @@ def check_gradients(everybody, documents):
         loss = loss_of(model, *batch[mesh["document"].get_local_rank()], documents.num_masked, mesh)
         loss.backward()
         mean = loss.detach().clone()
-        torch.distributed.all_reduce(mean)
+        dist.all_reduce(mean)
         torch.testing.assert_close(mean / 2, expected.detach().to(mean))
         for (name, got), p in zip(model.named_parameters(), plain.parameters(), strict=True):
             if p.grad is not None:
@@ -209,6 +240,10 @@ def test_documents():
         assert all(map(torch.equal, documents.masked(number), (masked, labels)))
     for epoch in (seen[:count], seen[count:]):
         assert sorted(epoch) == sorted(documents.rows.tolist())
+    with pytest.raises(
+        ValueError, match=f"--tokens: expected at most {len(ids) + 2}, as the text has no more, got 9999"
+    ):
+        Documents(ids, tokenizer, 9999, seed=0)
     other = Documents(ids, tokenizer, 52, seed=1)
     assert any(not torch.equal(other.masked(i)[1], documents.masked(i)[1]) for i in range(count))
 
