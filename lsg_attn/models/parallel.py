@@ -19,7 +19,7 @@ from .sharing import Alone
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
-def parallelize(model: Model, mesh: Mesh, *, gather_outputs: bool = True) -> Model:
+def parallelize(model: Model, mesh: Mesh | Group, *, gather_outputs: bool = True) -> Model:
     """Let an LSG model share out the documents of each batch over processes, in place.
 
     Every process calls the model with the same whole inputs. Its encoder embeds the tokens of its own, and each layer
@@ -29,7 +29,8 @@ def parallelize(model: Model, mesh: Mesh, *, gather_outputs: bool = True) -> Mod
 
     Args:
         model: of an LSG class. Of an encoder-decoder, the encoder is shared out.
-        mesh: a one-dimensional DeviceMesh, or a ProcessGroup.
+        mesh: a one-dimensional DeviceMesh, or a ProcessGroup; or a :class:`lsg_attn.communication.Group` of it, which
+            then counts what this process gets from others.
         gather_outputs: whether the encoder's states leave it whole, on every process. If not, ``last_hidden_state`` has
             the process's own tokens, (batch, n, width), as :func:`lsg_attn.distributed.shard` shares them out, and so
             have the logits of heads that are per token; ``hidden_states`` are (batch, G + n, width); the pooled output
@@ -46,7 +47,7 @@ def parallelize(model: Model, mesh: Mesh, *, gather_outputs: bool = True) -> Mod
     encoders = [module for module in model.modules() if isinstance(module, LSGEncoder)]
     if not encoders:
         raise TypeError(f"model: expected an LSG model, got a {type_name(model)}")
-    group = Group(mesh)
+    group = mesh if isinstance(mesh, Group) else Group(mesh)
     for encoder in encoders:
         if not gather_outputs and not encoder.packs_documents:
             raise ValueError("gather_outputs: expected True, as the model's head reads whole documents")
