@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -18,11 +20,50 @@ from .operator import operator_attention
 from .packing import attend_each
 from .reference import reference_attention
 
-_IMPLEMENTATIONS = ("auto", "triton", "cpp", "torch", "reference")
+IMPLEMENTATIONS = ("auto", "triton", "cpp", "torch", "reference")
+
+
+Answer = Callable[[Call, str, bool], "Tensor | tuple[Tensor, Tensor]"]
+# What answers calls instead of this process alone, the innermost last: not of a thread, as autograd has others.
+_others: list[Answer] = []
+
+
+@contextlib.contextmanager
+def answered_by(other: Answer) -> Iterator[None]:
+    """While this is entered, ``other`` gives the answers, also in autograd's threads."""
+    _others.append(other)
+    try:
+        yield
+    finally:
+        _others.remove(other)
 
 
 def answer(call: Call, implementation: str, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
-    """The output of a checked call, whose seed is still to be drawn, and with ``return_lse`` its log-sum-exp.
+    """The answer to a checked call: :func:`answer_here`, or that of what it is :func:`answered_by`."""
+    return (_others[-1] if _others else answer_here)(call, implementation, return_lse)
+
+
+def refuse_shared_out(name: str) -> None:
+    """Check that a function is not called where processes share out the sequence.
+
+    Raises:
+        ValueError: it is.
+    """
+    if _others:
+        raise ValueError(f"{name}: expected whole sequences, but within context_parallel each process has a part")
+
+
+def draw_seed(call: Call) -> Tensor:
+    """A seed of dropout from PyTorch's generator, on the CPU: no device is waited for, and a CUDA graph keeps it.
+
+    Processes that share the heads out may draw the same number: each adds its own.
+    """
+    seed = torch.randint(1 << 62, (), device="cpu")
+    return seed + call.first_head if call.first_head else seed
+
+
+def answer_here(call: Call, implementation: str, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    """The output of a checked call, and with ``return_lse`` its log-sum-exp. A seed is drawn if it has none.
 
     Raises:
         TypeError: ``implementation`` is not a string, or ``return_lse`` not a bool.
@@ -39,11 +80,8 @@ def answer(call: Call, implementation: str, return_lse: bool) -> Tensor | tuple[
                 f"implementation={implementation!r} cannot run under transforms of torch.func; use 'reference'"
             )
         implementation = _choose(implementation, call)
-    if call.dropout_p and implementation != "reference":
-        # On the CPU, so that its value reaches a launch without waiting for the device; a CUDA graph keeps it.
-        seed = torch.randint(1 << 62, (), device="cpu")
-        # Processes that share the heads out may draw the same number: each adds its own.
-        call = replace(call, seed=seed + call.first_head if call.first_head else seed)
+    if call.dropout_p and implementation != "reference" and call.seed is None:
+        call = replace(call, seed=draw_seed(call))
     out, lse = _attend(implementation, call)
     if not return_lse:
         return out
@@ -59,7 +97,7 @@ def check_implementation(implementation: str, name: str = "implementation") -> N
     """
     if not isinstance(implementation, str):
         raise TypeError(f"{name}: expected a str, got {type_name(implementation)}")
-    if implementation not in _IMPLEMENTATIONS:
+    if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{name}: expected 'auto', 'triton', 'cpp', 'torch' or 'reference', got {implementation!r}")
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .checks import type_name
+from .dispatch import refuse_shared_out
 from .functional import lsg_attention
 from .masking import check_mask, full_mask
 from .pattern import LSGPattern
@@ -46,6 +47,7 @@ def with_global_positions(
             than the pattern has globals. On a GPU the latter is a failed assertion of the device, as nothing waits for
             the count.
     """
+    refuse_shared_out("with_global_positions")
     if not isinstance(global_attention_mask, Tensor):
         raise TypeError(f"global_attention_mask: expected a torch.Tensor, got {type_name(global_attention_mask)}")
     if not isinstance(pattern, LSGPattern):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .arguments import checked_call
 from .checks import type_name
+from .dispatch import refuse_shared_out
 from .pattern import LSGPattern
 from .reference import probabilities, scores_of, with_all_heads
 
@@ -39,6 +40,7 @@ def attention_weights(
     Raises:
         TypeError, ValueError: as :func:`lsg_attention` says, or ``rows`` are no positions.
     """
+    refuse_shared_out("attention_weights")
     call = checked_call(query, key, key, pattern, attention_mask, 0.0, scale, lsh_projections, None)
     length, first = query.shape[2], pattern.num_global_tokens
     scores, visible, compression = scores_of(with_all_heads(call), _positions(rows, length))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .checks import integer, probability, type_name
 from .compression import lsh_directions
-from .dispatch import check_implementation
+from .dispatch import Answer, answered_by, check_implementation
 from .functional import lsg_attention
 from .pattern import LSGPattern
 from .shards import first_head_of
@@ -42,6 +42,8 @@ class LSGAttention(nn.Module):
         ValueError: a number is out of range, ``embed_dim`` is not a multiple of ``num_heads``, or there is no such
             implementation.
     """
+
+    answers: Answer | None = None  # what its calls are answered by; see lsg_attn.models.parallelize
 
     def __init__(
         self,
@@ -151,7 +153,8 @@ class LSGAttention(nn.Module):
         if cu_seqlens is None:
             if max_seqlen is not None:
                 raise ValueError(f"max_seqlen: expected None without cu_seqlens, got {max_seqlen}")
-            out: Tensor = lsg_attention(query, key, value, self.pattern, attention_mask, **options)
+            attend = lsg_attention if self.answers is None else answered_by(self.answers)(lsg_attention)
+            out: Tensor = attend(query, key, value, self.pattern, attention_mask, **options)
             return out.transpose(1, 2).flatten(2)
         if attention_mask is not None:
             raise ValueError("attention_mask: expected None with cu_seqlens, as packed sequences have no padding")

@@ -40,12 +40,12 @@ def scores_of(call: Call, rows: Tensor | None = None) -> tuple[Tensor, Tensor, C
     first, length, device = pattern.num_global_tokens, key.shape[-2], key.device
     visible = visible_tokens(pattern, length, rows).to(device) & call.keep()[:, None, None, :]
     compression = compress_call(call)
-    if call.section is not None:
-        visible = visible & _seen_in(call.section, length, first).to(device)
     if compression is not None:
         slots = visible_slots(pattern, length, rows).to(device) & compression.keep.unsqueeze(-2)
         visible = torch.cat([visible.expand(*slots.shape[:-1], -1), slots], dim=-1)
         key = torch.cat([key, compression.apply(key[:, :, first:])], dim=-2)
+    if call.section is not None:
+        visible = visible & _seen_in(call.section, length, visible.shape[-1], first).to(device)
     query = query if rows is None else query[:, :, rows.to(device)]
     scores = query * call.scale @ key.mT
     return scores.masked_fill(~visible, torch.finfo(query.dtype).min), visible, compression
@@ -95,13 +95,12 @@ def visible_in_slots(slots: Tensor, compression: Compression, head: int) -> Tens
     return slots[:, compression.slot[0, head]] & (compression.weight[0, head] > 0)
 
 
-def _seen_in(section: Section, length: int, num_globals: int) -> Tensor:
-    """(length, length) bool: false in a row that is no query of the section, and where globals do not see globals."""
-    rows = torch.arange(length)
-    is_global, token = rows < num_globals, rows - num_globals
-    is_query = is_global | ((token >= section.start) & (token < section.stop))
-    sees_all = section.has_globals | ~is_global
-    return is_query[:, None] & (sees_all[:, None] | ~is_global)
+def _seen_in(section: Section, length: int, columns: int, num_globals: int) -> Tensor:
+    """(length, columns) bool: false in a row that is no query of the section, and where globals do not see globals."""
+    rows, columns_ = torch.arange(length)[:, None], torch.arange(columns)
+    token = rows - num_globals
+    is_query = (token < 0) | ((token >= section.start) & (token < section.stop))
+    return is_query & (section.has_globals | (token >= 0) | (columns_ >= num_globals))
 
 
 def _blocks_of(pattern: LSGPattern, rows: Tensor) -> Tensor:

@@ -40,6 +40,11 @@ class Piece(NamedTuple):
     keys: Span
     queries: Span
 
+    @property
+    def has_first_query(self) -> bool:
+        """Whether the first of its tokens is a query."""
+        return self.queries.size > 0 and self.queries.start == self.keys.start
+
     def section(self, num_tokens: int, *, has_globals: bool) -> Section:
         """The Section of a call with these keys, in a sequence of ``num_tokens``."""
         first = self.keys.start

@@ -117,6 +117,11 @@ def check(words, capsys):
         assert extra is None or f'"{extra}": [' in (ROOT / "setup.py").read_text(encoding="utf-8")
     elif program == "python":
         check_python(arguments, capsys)
+    elif program == "torchrun":
+        option, count, *arguments = arguments
+        assert option == "--nproc-per-node"
+        assert count.isdigit()
+        check_python(arguments, capsys)
     else:
         assert words == [".ci/run"], f"no check for {shlex.join(words)}"
         assert (ROOT / ".ci/run").exists()
@@ -140,6 +145,7 @@ def help_of(program, is_module, capsys):
     """What a program prints for --help."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [program, "--help"])
+        patch.syspath_prepend(str((ROOT / program).parent))  # as Python does for a program
         patch.delitem(sys.modules, program, raising=False)  # runpy warns of a module that was imported before
         run = partial(runpy.run_module, program) if is_module else partial(runpy.run_path, str(ROOT / program))
         with pytest.raises(SystemExit) as stop:

@@ -16,6 +16,7 @@ from bench.static.binary import GPUS
 from bench.static.calls import Label, PlannedCall, kernels_of, planned_calls
 from bench.static.figures import Figures, compile_and_read
 from bench.static.rows import Row, faults, read_rows, summarize, to_markdown, write_rows
+from bench.static.stage import stage_of
 from lsg_attn import SPARSITY_TYPES
 
 RESULTS = Path(__file__).parents[1] / "bench/results/static.csv"
@@ -26,6 +27,7 @@ GOOD = Row(
     num_stages=2,
     triton="3.8.0",
     key="0123456789abcdef",
+    stage="fedcba9876543210",
 )
 
 
@@ -127,11 +129,15 @@ def test_a_kernel_is_compiled_once(monkeypatch, committed):
 @pytest.mark.usefixtures("cache")
 def test_known_figures_are_not_compiled(monkeypatch):
     calls = [PlannedCall("pooling", torch.float16, 64, True, False, "sm_90")]
-    known = {key: replace(GOOD.figures, registers=7) for key in kernels_of(calls)}
-    rows, errors = static.compile_all(calls, 1, known)
-    assert errors == []
-    assert {row.key: row.figures for row in rows} == known
-    assert {row.label for row in rows} == {kernel.label for kernel in kernels_of(calls).values()}
+    kernels = kernels_of(calls)
+    by_key = [replace(changed(GOOD, registers=7), key=key, stage=key) for key in kernels]
+    by_stage = [replace(changed(GOOD, registers=9), key="", stage=stage_of(x)) for x in kernels.values()]
+    for known, registers in ((by_key, 7), (by_stage, 9)):
+        rows, errors = static.compile_all(calls, 1, known)
+        assert errors == []
+        assert {row.key: row.figures.registers for row in rows} == dict.fromkeys(kernels, registers)
+        assert {row.label for row in rows} == {kernel.label for kernel in kernels.values()}
+    assert {row.stage for row in rows} == {row.stage for row in by_stage}
 
 
 @pytest.mark.usefixtures("cache")
@@ -212,12 +218,12 @@ def test_only_a_named_file_is_brought_up_to_date(monkeypatch, tmp_path):
     monkeypatch.setattr(static, "compile_all", lambda calls, jobs, known: (taken.append(known), ([GOOD], []))[1])
     for arguments in ([], ["--csv", str(tmp_path / "rows.csv")], ["--csv", str(tmp_path / "rows.csv")]):
         assert static.main(arguments) == 0
-    assert taken == [{}, {}, {GOOD.key: GOOD.figures}]
+    assert taken == [None, [], [GOOD]]
 
 
 def test_a_file_of_other_columns_is_an_error(tmp_path):
     (tmp_path / "rows.csv").write_text("kernel,target\na,b\n")
-    with pytest.raises(ValueError, match=r"expected the columns .*'key'\], got \['kernel', 'target'\]"):
+    with pytest.raises(ValueError, match=r"expected the columns .*'stage'\], got \['kernel', 'target'\]"):
         read_rows(tmp_path / "rows.csv")
 
 

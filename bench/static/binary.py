@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from triton.backends.compiler import GPUTarget
+
 _KIB = 1024
 
 
@@ -38,6 +40,12 @@ GPUS = {
         for name in ("gfx1100", "gfx1201")
     },
 }
+
+
+def target_of(name: str) -> GPUTarget:
+    """Triton's description of a GPU."""
+    lanes = GPUS[name].warp_size
+    return GPUTarget("cuda", int(name[3:]), lanes) if name.startswith("sm_") else GPUTarget("hip", name, lanes)
 
 
 def num_blocks(target: str, registers: int, shared: int, num_warps: int) -> int:

@@ -10,10 +10,11 @@ import argparse
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
 import triton
 from rich.console import Console
@@ -25,7 +26,9 @@ from bench.static.calls import Kernel, PlannedCall, kernels_of, planned_calls
 from bench.static.figures import Figures, compile_and_read
 from bench.static.key import source_of
 from bench.static.rows import HEADINGS, Row, faults, read_rows, summarize, to_markdown, write_rows
+from bench.static.stage import stage_of
 
+T = TypeVar("T")
 _CACHE = Path(__file__).parents[2] / "build/static"
 
 
@@ -44,27 +47,41 @@ def figures_of(key: str, kernel: Kernel) -> Figures | str:
     return figures
 
 
-def compile_all(calls: Iterable[PlannedCall], jobs: int, known: Mapping[str, Figures]) -> tuple[list[Row], list[str]]:
+def compile_all(
+    calls: Iterable[PlannedCall], jobs: int, known: Sequence[Row] | None = None
+) -> tuple[list[Row], list[str]]:
     """Every kernel of the calls, once; and the errors of those that do not compile.
 
-    ``known``: figures by key, of kernels that need not be compiled.
+    ``known``: rows of kernels that need not be compiled again; None where nothing is kept, stages neither.
     """
     kernels = kernels_of(calls)
-    missing = {key: kernel for key, kernel in kernels.items() if key not in known}
+    by_key = {row.key: row for row in known or ()}
+    by_stage = {row.stage: row.figures for row in known or ()}
+    missing = [key for key in kernels if key not in by_key]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        outcomes = pool.map(figures_of, missing.keys(), missing.values())
-        console = Console(stderr=True)
-        results = list(track(outcomes, "compiling", len(missing), console=console, disable=not console.is_terminal))
-    outcome_of = {**known, **dict(zip(missing, results, strict=True))}
+        stages = {key: row.stage for key, row in by_key.items()}
+        if known is not None:
+            digests = pool.map(stage_of, (kernels[key] for key in missing))
+            stages |= zip(missing, _tracked(digests, "first stage", len(missing)), strict=True)
+        missing = [key for key in missing if stages.get(key) not in by_stage]
+        outcomes = pool.map(figures_of, missing, (kernels[key] for key in missing))
+        compiled = dict(zip(missing, _tracked(outcomes, "compiling", len(missing)), strict=True))
     rows, errors = [], []
     for key, kernel in kernels.items():
-        outcome = outcome_of[key]
+        stage = stages.get(key, "")
+        outcome = by_key[key].figures if key in by_key else compiled[key] if key in compiled else by_stage[stage]
         if isinstance(outcome, str):
             errors.append(outcome)
         else:
             tuning = kernel.launch.tuning
-            rows.append(Row(kernel.label, outcome, tuning.num_warps, tuning.num_stages, triton.__version__, key))
+            rows.append(Row(kernel.label, outcome, tuning.num_warps, tuning.num_stages, triton.__version__, key, stage))
     return rows, errors
+
+
+def _tracked(results: Iterable[T], what: str, count: int) -> list[T]:
+    """The results, as they come under a bar in a terminal."""
+    console = Console(stderr=True)
+    return list(track(results, what, count, console=console, disable=not console.is_terminal))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,12 +92,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--csv",
         type=Path,
-        help="bring the rows in this file up to date, and the summary beside it (.md); rows of unchanged kernels are "
-        "taken from the file, not compiled",
+        help="bring the rows in this file up to date, and the summary beside it (.md); rows of unchanged kernels, and "
+        "of those that come to the same after the first stage, are taken from the file, not compiled",
     )
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile (default: %(default)s)")
     options = parser.parse_args(arguments)
-    known = {row.key: row.figures for row in read_rows(options.csv)} if options.csv and options.csv.exists() else {}
+    known = None
+    if options.csv:
+        known = read_rows(options.csv) if options.csv.exists() else []
     rows, errors = compile_all(planned_calls(options.subset, options.target), options.jobs, known)
     table = Table(*HEADINGS)
     for summary in summarize(rows):

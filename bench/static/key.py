@@ -29,7 +29,7 @@ def key_of(launch: Launch, target: str) -> str:
     """The key, 16 hexadecimal digits, of a launch's kernel compiled for ``target``."""
     source = source_of(launch)
     parts = (source.fn, source.signature, source.constants, source.attrs, launch.options, target, triton.__version__)
-    return _digest(_describe(parts), _code_of_figures())[:16]
+    return _digest(_describe(parts), code_of_figures())[:16]
 
 
 def source_of(launch: Launch) -> ASTSource:
@@ -77,7 +77,8 @@ def _digest(*parts: str) -> str:
 
 
 @functools.cache
-def _code_of_figures() -> str:
+def code_of_figures() -> str:
+    """The code that reads binaries."""
     return _code(ast.parse(Path(figures.__file__).read_text(encoding="utf-8")))
 
 

@@ -1,6 +1,7 @@
 """`python -m bench.static.model`: lower bounds of the time of a forward or a backward on a GPU.
 
-It measures nothing. The bounds come from flops and bytes, and measured times can be compared with them.
+It measures nothing. The bounds come from flops and bytes, and measured times can be compared with them. With --ranks,
+it says what processes that share a sequence out receive from each other.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.flops import BACKWARD_PRODUCTS, PRODUCTS, num_scores
+from bench.static import ranks
 from bench.static.meta import meta_call, meta_passes
 from bench.static.tiles import read_costs, table_of
 from lsg_attn import SPARSITY_TYPES, LSGPattern
@@ -23,6 +25,7 @@ from lsg_attn.fused.launch import Launch
 from lsg_attn.sparsity import RULES
 
 COSTS = Path(__file__).parents[1] / "results/tiles.csv"
+_TOKENS, _TOKENS_OF_RANKS = 4096, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -116,11 +119,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--backward", action="store_true", help="model the backward instead of the forward")
     parser.add_argument("--causal", action="store_true", help="of a causal pattern")
     parser.add_argument("--lengths", type=int, nargs="+", default=[], help="the tokens of each packed sequence")
-    sizes = {"batch": 1, "heads": 16, "tokens": 4096, "head-dim": 64}
+    parser.add_argument(
+        "--ranks", type=int, nargs="+", default=[], metavar="N", help="what each of N ranks receives, on GPUs of sm_90"
+    )
+    parser.add_argument("--tokens", type=int, help=f"(default: {_TOKENS}; with --ranks {_TOKENS_OF_RANKS}, of all)")
+    sizes = {"batch": 1, "heads": 16, "head-dim": 64}
     sizes |= {"block-size": 128, "sparse-block-size": 128, "sparsity-factor": 2, "num-global-tokens": 1}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
     options = parser.parse_args(arguments)
+    options.tokens = options.tokens or (_TOKENS_OF_RANKS if options.ranks else _TOKENS)
+    if options.ranks:
+        if options.lengths or options.target != ["sm_90"]:
+            parser.error("--ranks: expected one sequence, without --lengths, and the default --target")
+        _print_ranks(options)
+        return
     shape = options.batch, options.heads, options.num_global_tokens + options.tokens, options.head_dim
     name = "backward" if options.backward else "forward"
     lengths = [options.num_global_tokens + tokens for tokens in options.lengths]
@@ -129,14 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = ("type", "GPU", "launches", "GFLOP", "MB moved", "MB scratch", "MB saved", "compute us", "memory us")
     table = Table(*names, title=title)
     for sparsity_type in options.types:
-        pattern = LSGPattern(
-            block_size=options.block_size,
-            sparse_block_size=options.sparse_block_size,
-            sparsity_factor=options.sparsity_factor,
-            sparsity_type=sparsity_type,
-            num_global_tokens=options.num_global_tokens,
-            causal=options.causal,
-        )
+        pattern = _pattern(options, sparsity_type)
         for target in options.target:
             row = model(pattern, shape, getattr(torch, options.dtype), target, options.backward, lengths)
             counts = (row.flops / 1e9, row.bytes_moved / 1e6, row.bytes_scratch / 1e6, row.bytes_saved / 1e6)
@@ -145,6 +151,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
             table.add_row(sparsity_type, gpu, str(len(row.launches)), *numbers)
     Console(width=120).print(table)
     _print_tiles(options)
+
+
+def _pattern(options: argparse.Namespace, sparsity_type: str) -> LSGPattern:
+    return LSGPattern(
+        block_size=options.block_size,
+        sparse_block_size=options.sparse_block_size,
+        sparsity_factor=options.sparsity_factor,
+        sparsity_type=sparsity_type,
+        num_global_tokens=options.num_global_tokens,
+        causal=options.causal,
+    )
+
+
+def _print_ranks(options: argparse.Namespace) -> None:
+    """Print what ranks receive, beside the bounds of an H100 for the tokens that each has."""
+    heads, dtype = options.heads, getattr(torch, options.dtype)
+    attentions = [
+        ranks.Attention(_pattern(options, name), options.batch, heads, heads, options.head_dim, dtype)
+        for name in options.types
+    ]
+    ranks.print_tables(attentions, options.tokens, options.ranks, bound_of)
+
+
+def bound_of(attention: ranks.Attention) -> ranks.Bound:
+    """The lower bounds of an H100's time for an attention of some tokens, without those of other ranks."""
+
+    def bound(tokens: int, is_backward: bool) -> float:
+        pattern = attention.pattern
+        shape = attention.batch, attention.heads, pattern.num_global_tokens + tokens, attention.head_dim
+        found = model(pattern, shape, attention.dtype, "sm_90", is_backward)
+        return max(found.compute_us, found.memory_us)
+
+    return bound
 
 
 def _print_tiles(options: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ _MATMULS = ("_lsg_lsh_kernel", "_lsg_fwd_kernel", "_lsg_bwd_slots_kernel", "_lsg
 
 @dataclass(frozen=True)
 class Row:
-    """One compiled kernel: its label, its figures, how it was compiled, and its key."""
+    """One compiled kernel: its label, its figures, how it was compiled, its key, and the digest of its first stage."""
 
     label: Label
     figures: Figures
@@ -34,6 +34,7 @@ class Row:
     num_stages: int
     triton: str
     key: str
+    stage: str = ""
 
     @property
     def blocks_per_sm(self) -> int:
@@ -49,7 +50,7 @@ class Row:
     def columns(self) -> dict[str, str]:
         """The row's cells in the CSV, by column."""
         derived = {"blocks_per_sm": self.blocks_per_sm, "occupancy": f"{self.occupancy:.4f}"}
-        rest = {name: getattr(self, name) for name in ("triton", "key")}
+        rest = {name: getattr(self, name) for name in ("triton", "key", "stage")}
         compiled = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         cells = {**asdict(self.label), **asdict(self.figures), **compiled, **derived, **rest}
         return {name: str(value) for name, value in cells.items()}
@@ -108,6 +109,7 @@ def read_rows(path: Path) -> list[Row]:
                 num_stages=int(cells["num_stages"]),
                 triton=cells["triton"],
                 key=cells["key"],
+                stage=cells["stage"],
             )
             for cells in reader
         ]
@@ -116,7 +118,7 @@ def read_rows(path: Path) -> list[Row]:
 _COLUMNS = [
     *(field.name for field in fields(Label)),
     *(field.name for field in fields(Figures)),
-    *("num_warps", "num_stages", "blocks_per_sm", "occupancy", "triton", "key"),
+    *("num_warps", "num_stages", "blocks_per_sm", "occupancy", "triton", "key", "stage"),
 ]
 
 

@@ -72,6 +72,7 @@ from .mbart import (
     LSGMBartForSequenceClassification,
     LSGMBartModel,
 )
+from .parallel import parallelize
 from .pegasus import (
     LSGPegasusConfig,
     LSGPegasusForCausalLM,
@@ -182,6 +183,7 @@ __all__ = [
     "LSGXLMRobertaModel",
     "convert",
     "convert_checkpoint",
+    "parallelize",
     "use_lsg",
 ]
 

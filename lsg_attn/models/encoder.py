@@ -24,6 +24,7 @@ from ..pattern import LSGPattern
 from .family import GLOBAL_ROWS
 from .heads import LSGModel
 from .packing import Packed, pack
+from .sharing import ALONE, Alone
 
 
 class LSGSelfAttention(LSGAttention):
@@ -86,6 +87,7 @@ class LSGEncoder(LSGModel):
 
     _lsg_values: tuple[Any, ...]
     packs_documents: bool = True  # whether what is on top takes packed documents
+    sharing: Alone = ALONE  # what of each document this process has
 
     def global_table(self) -> nn.Embedding:
         """The embeddings (512, width) of the global tokens."""
@@ -134,18 +136,20 @@ class LSGEncoder(LSGModel):
             )
 
     def mask_or_packed(
-        self, attention_mask: Tensor | None, inputs_embeds: Tensor, lengths: tuple[Any, ...]
+        self, attention_mask: Tensor | None, tokens: Tensor, lengths: tuple[Any, ...]
     ) -> Tensor | Packed | None:
         """What the attention layers take: a mask (batch, T) of bool or integers, or where packed documents are.
 
-        ``lengths``: see :func:`.packing.pack`.
+        ``tokens``: (batch, T, ...), ids or embeddings; ``lengths``: see :func:`.packing.pack`.
 
         Raises:
             TypeError, ValueError: the mask has another shape, the lengths do not fit, or both are given.
         """
-        packed = pack(lengths, inputs_embeds, self.config.num_global_tokens)
+        packed = pack(lengths, tokens, self.config.num_global_tokens)
         if packed is None:
-            return self.token_mask(attention_mask, inputs_embeds)
+            return self.token_mask(attention_mask, tokens)
+        if self.sharing is not ALONE:
+            raise ValueError("cu_seq_lens_q: expected None, as parallelize shares out whole documents")
         if not self.packs_documents:
             raise ValueError(
                 "cu_seq_lens_q: expected None, as the model's head reads the first token of the batch alone"
@@ -155,17 +159,17 @@ class LSGEncoder(LSGModel):
             raise ValueError(f"{what}: expected none with cu_seq_lens_q, as packed documents have no padding")
         return packed
 
-    def token_mask(self, attention_mask: Tensor | None, inputs_embeds: Tensor) -> Tensor | None:
-        """The mask (batch, T) that the attention layers take, of bool or integers.
+    def token_mask(self, attention_mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+        """The mask (batch, T) that the attention layers take, of bool or integers; ``tokens``: (batch, T, ...).
 
         Raises:
             ValueError: it has another shape.
         """
-        if attention_mask is not None and attention_mask.shape != inputs_embeds.shape[:2]:
-            expected, got = tuple(inputs_embeds.shape[:2]), tuple(attention_mask.shape)
+        if attention_mask is not None and attention_mask.shape != tokens.shape[:2]:
+            expected, got = tuple(tokens.shape[:2]), tuple(attention_mask.shape)
             raise ValueError(f"attention_mask: expected shape (batch, T) = {expected}, got {got}")
         if self.config.mask_first_token:
-            attention_mask = hide_first_token(attention_mask, inputs_embeds)
+            attention_mask = hide_first_token(attention_mask, tokens)
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask != 0  # transformers accepts such a mask, LSGAttention does not
         return attention_mask
@@ -187,7 +191,11 @@ class LSGEncoder(LSGModel):
     ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """Send states (batch, G+T, width) through layers; with ``keep_all``, return the states between them, too."""
         all_states: tuple[Tensor, ...] = ()
+        if self.training and layerdrop > 0 and self.sharing is not ALONE:
+            raise ValueError(f"encoder_layerdrop: expected 0 where processes share out documents, got {layerdrop}")
         for layer in layers:
+            if self.training:
+                hidden_states = self.sharing.before_layer(hidden_states)
             all_states = (*all_states, hidden_states) if keep_all else ()
             if self.training and layerdrop > 0 and torch.rand([]) < layerdrop:
                 continue  # LayerDrop (arXiv 1909.11556)
@@ -197,7 +205,10 @@ class LSGEncoder(LSGModel):
             else:
                 out = layer(hidden_states, *args)
             hidden_states = out[0] if isinstance(out, tuple) else out
-        return hidden_states, (*all_states, hidden_states) if keep_all else None
+        if not keep_all:
+            return self.sharing.after_layers(hidden_states), None
+        all_states = tuple(self.sharing.after_layers(x) for x in (*all_states, hidden_states))
+        return all_states[-1], all_states
 
     def without_global_tokens(self, hidden_states: Tensor, packed: Packed | None = None) -> Tensor:
         """(batch, G+T, width) -> (batch, T, width). With ``pool_with_global``, row 0 is global token 0's state."""
@@ -206,7 +217,7 @@ class LSGEncoder(LSGModel):
             if not self.config.pool_with_global:
                 return tokens
             return tokens.index_copy(1, packed.first_tokens, hidden_states[:, packed.global_rows[:, 0]])
-        if self.config.pool_with_global:
+        if self.config.pool_with_global and self.sharing.has_first_token:
             return torch.cat([hidden_states[:, :1], hidden_states[:, self.config.num_global_tokens + 1 :]], dim=1)
         return hidden_states[:, self.config.num_global_tokens :]
 
@@ -248,9 +259,9 @@ class LSGEncoderModel(LSGEncoder):
         """The layers in the order of their use."""
         return list(self.encoder.layer)
 
-    def position_ids(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        """The tokens' rows (batch or 1, T) of the position table."""
-        return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
+    def position_ids(self, input_ids: Tensor | None, tokens: Tensor) -> Tensor:
+        """The tokens' rows (batch or 1, T) of the position table; ``tokens``: (batch, T, ...)."""
+        return torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
 
     def position_offset(self) -> int:
         """The number of rows of the position table before position 0."""
@@ -329,14 +340,17 @@ class LSGEncoderModel(LSGEncoder):
                 "use_cache=False"
             )
         self.update_pattern()
-        words = self.embeddings.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        mask = self.mask_or_packed(attention_mask, words, (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k))
+        tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
+        mask = self.mask_or_packed(attention_mask, tokens, (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k))
         packed = mask if isinstance(mask, Packed) else None
-        num_tokens = words.shape[1] if packed is None else packed.max_seqlen - config.num_global_tokens
+        num_tokens = tokens.shape[1] if packed is None else packed.max_seqlen - config.num_global_tokens
         self.check_length(num_tokens, config.max_position_embeddings - self.position_offset())
         if position_ids is None:
-            position_ids = self.position_ids(input_ids if packed is None else None, words)
+            position_ids = self.position_ids(input_ids if packed is None else None, tokens)
             position_ids = position_ids if packed is None else position_ids[:, packed.positions]
+        tokens, position_ids, token_type_ids = map(self.sharing.own, (tokens, position_ids, token_type_ids))
+        mask = mask if packed is not None else self.sharing.own(mask)
+        words = self.embeddings.word_embeddings(tokens) if inputs_embeds is None else tokens
         hidden_states = self.embed(words, position_ids, token_type_ids, packed)
         hidden_states, all_states = self.run_layers(
             self.ordered_layers(),
@@ -346,10 +360,11 @@ class LSGEncoderModel(LSGEncoder):
             keep_all=config.output_hidden_states if output_hidden_states is None else output_hidden_states,
         )
         last = self.without_global_tokens(hidden_states, packed)
-        pooled = self.pool(last if packed is None else last[0, packed.first_tokens].unsqueeze(1))
+        first = self.sharing.first_state(last) if packed is None else last[0, packed.first_tokens].unsqueeze(1)
+        pooled = self.pool(first)
         if not (config.return_dict if return_dict is None else return_dict):
-            first = (last, pooled) if hasattr(self, "pooler") else (last,)
-            return first if all_states is None else (*first, all_states)
+            found = (last, pooled) if hasattr(self, "pooler") else (last,)
+            return found if all_states is None else (*found, all_states)
         if not hasattr(self, "pooler"):
             return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=last, hidden_states=all_states)
         return BaseModelOutputWithPoolingAndCrossAttentions(

@@ -48,8 +48,8 @@ class LSGPegasusEncoder(LSGSeq2SeqEncoder, PegasusEncoder):
     def embed_words(self, input_ids: Tensor | None) -> Tensor:
         return super().embed_words(input_ids) * embedding_scale(self.config)
 
-    def positions(self, inputs_embeds: Tensor) -> Tensor:
-        out: Tensor = self.embed_positions(inputs_embeds.shape[:2])
+    def positions(self, inputs_embeds: Tensor, first: int = 0) -> Tensor:
+        out: Tensor = self.embed_positions(inputs_embeds.shape[:2], first)
         return out.to(inputs_embeds.device)
 
 

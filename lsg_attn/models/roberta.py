@@ -47,11 +47,11 @@ LSGCamembertConfig = lsg_config("CamemBERT", CamembertConfig, __name__)
 class RobertaModelWithPositions(LSGEncoderModel):
     """A model whose positions count the tokens that are not padding, after ``pad_token_id + 1`` rows without one."""
 
-    def position_ids(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+    def position_ids(self, input_ids: Tensor | None, tokens: Tensor) -> Tensor:
         """The tokens' rows (batch or 1, T) of the position table; all count where there are no ids."""
         padding: int = self.config.pad_token_id
         if input_ids is None:
-            return super().position_ids(None, inputs_embeds) + padding + 1
+            return super().position_ids(None, tokens) + padding + 1
         is_token = (input_ids != padding).long()
         return torch.cumsum(is_token, dim=1) * is_token + padding
 

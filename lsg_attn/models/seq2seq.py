@@ -125,9 +125,9 @@ class LSGSeq2SeqEncoder(LSGEncoder):
         out: Tensor = self.embed_tokens(input_ids)
         return out
 
-    def positions(self, inputs_embeds: Tensor) -> Tensor:
-        """The position embeddings of tokens (batch, T, d_model)."""
-        out: Tensor = self.embed_positions(inputs_embeds[..., -1])  # it reads only the shape
+    def positions(self, inputs_embeds: Tensor, first: int = 0) -> Tensor:
+        """The position embeddings of tokens (batch, T, d_model), which start at the position ``first``."""
+        out: Tensor = self.embed_positions(inputs_embeds[..., -1], first)  # it reads only the shape
         return out.to(inputs_embeds.device)
 
     def global_table(self) -> nn.Embedding:
@@ -177,18 +177,19 @@ class LSGSeq2SeqEncoder(LSGEncoder):
                 stacklevel=2,
             )
         self.update_pattern()
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_words(input_ids)
+        tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        mask = self.mask_or_packed(attention_mask, inputs_embeds, lengths)
+        mask = self.mask_or_packed(attention_mask, tokens, lengths)
         packed = mask if isinstance(mask, Packed) else None
-        num_tokens = inputs_embeds.shape[1] if packed is None else packed.max_seqlen - config.num_global_tokens
+        num_tokens = tokens.shape[1] if packed is None else packed.max_seqlen - config.num_global_tokens
         self.check_length(num_tokens, self.max_source_positions)
-        positions = self.positions(inputs_embeds[:, :num_tokens])
+        tokens, mask = self.sharing.own(tokens), mask if packed is not None else self.sharing.own(mask)
+        words = self.embed_words(tokens) if inputs_embeds is None else tokens
+        positions = self.positions(words[:, :num_tokens], self.sharing.first_token(num_tokens))
         if packed is not None:
             positions = positions.expand(1, *positions.shape[-2:])[:, packed.positions]
 
-        hidden_states = self.with_global_tokens(inputs_embeds + positions, packed)
+        hidden_states = self.with_global_tokens(words + positions, packed)
         if self.embeds_with_norm:
             hidden_states = self.layernorm_embedding(hidden_states)
         hidden_states, all_states = self.run_layers(
