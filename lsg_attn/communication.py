@@ -59,6 +59,10 @@ class Group:
             raise ValueError("mesh: expected one that this process is in")
         self.received_bytes = self.messages = 0
 
+    def __deepcopy__(self, _: object) -> Group:
+        """The same group: a copy of a model talks to the same processes."""
+        return self
+
     def device_of_numbers(self, device: torch.device) -> torch.device:
         """Where numbers that Python reads are best sent from: the CPU, if the group can, or ``device``."""
         return torch.device("cpu") if "cpu" in str(dist.get_backend_config(self._group)) else device
