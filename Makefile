@@ -15,8 +15,8 @@ GATE_PYTHONS := 3.10 3.13
 # compute capabilities that the kernels are executed for: tensor cores by warp groups, as on Hopper alone, and by warps
 LAST_STAGES := 90 80
 
-.PHONY: demo test test-cpu test-kernels test-last-stage test-matrix test-pythons gate test-environments static-gate static static-3.6 lint format \
-	docs bench clean
+.PHONY: demo test test-cpu test-models test-kernels test-last-stage test-matrix test-pythons gate test-environments \
+	static-gate static static-3.6 lint format docs bench clean
 .SECONDARY:
 
 demo: $(VENV)/ready
@@ -24,11 +24,14 @@ demo: $(VENV)/ready
 
 # The kernels run on one core: in Python, statement by statement.
 test: lint
-	$(MAKE) --jobs 2 --output-sync=target test-cpu test-kernels
+	$(MAKE) --jobs 2 --output-sync=target test-kernels test-cpu test-models
 
 test-cpu: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/models --ignore tests/bart
 	$(BIN)/python -m bench.static --subset quick --target sm_90
+
+test-models: $(VENV)/ready
+	$(BIN)/python -m pytest tests/models tests/bart
 
 test-kernels: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m ttsem.sanitize pytest tests/kernels
@@ -67,7 +70,7 @@ test-environments:
 	$(MAKE) --jobs 1 test-transformers-$(firstword $(OLD_TRANSFORMERS)) $(GATE_PYTHONS:%=test-python-%)
 
 static-gate: $(VENV)/ready
-	$(BIN)/python -m bench.static --subset ci --target sm_80 sm_90 gfx942
+	$(BIN)/python -m bench.static --subset quick --target sm_80 gfx942
 
 # The kernels' binaries for all GPUs, then what a tile costs in them.
 static: $(VENV)/ready
