@@ -17,7 +17,7 @@ from .checks import type_name
 # torch 2.13 has renamed it.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # Seconds that the processes that are left after a failure wait for each other's word.
-_GRACE = 5.0
+_GRACE = 10.0
 _KEY = "lsg_attn/left/{}"
 
 
