@@ -9,11 +9,14 @@ OLD_TRANSFORMERS := 4.44.2 4.57.6
 OLD_TRITON := 3.6.0
 # besides the one of .venv: 3.11, for which constraints.txt is written
 OTHER_PYTHONS := 3.10 3.12 3.13
+# those of the gate: the oldest and the newest
+GATE_PYTHONS := 3.10 3.13
 
 # compute capabilities that the kernels are executed for: tensor cores by warp groups, as on Hopper alone, and by warps
 LAST_STAGES := 90 80
 
-.PHONY: demo test test-cpu test-kernels test-last-stage test-matrix test-pythons static static-3.6 lint format docs bench clean
+.PHONY: demo test test-cpu test-models test-kernels test-last-stage test-matrix test-pythons gate test-environments \
+	static-gate static static-3.6 lint format docs bench clean
 .SECONDARY:
 
 demo: $(VENV)/ready
@@ -21,11 +24,14 @@ demo: $(VENV)/ready
 
 # The kernels run on one core: in Python, statement by statement.
 test: lint
-	$(MAKE) --jobs 2 --output-sync=target test-cpu test-kernels
+	$(MAKE) --jobs 2 --output-sync=target test-kernels test-cpu test-models
 
 test-cpu: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/models --ignore tests/bart
 	$(BIN)/python -m bench.static --subset quick --target sm_90
+
+test-models: $(VENV)/ready
+	$(BIN)/python -m pytest tests/models tests/bart
 
 test-kernels: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m ttsem.sanitize pytest tests/kernels
@@ -48,13 +54,23 @@ test-transformers-%: $(VENV)-transformers-%/ready
 test-pythons: $(OTHER_PYTHONS:%=test-python-%)
 
 test-python-%:
-	python$* -m venv --clear $(VENV)-python-$*
+	$(if $(PYENV_VERSIONS),PYENV_VERSION=$(PYENV_VERSIONS)) python$* -m venv --clear $(VENV)-python-$*
 	$(VENV)-python-$*/bin/python -m pip install --quiet --upgrade pip
 	grep -v '^triton==' constraints.txt > $(VENV)-python-$*/constraints.txt
 	$(VENV)-python-$*/bin/python -m pip install --quiet --constraint $(VENV)-python-$*/constraints.txt \
 		--editable . hypothesis numpy pytest
 	$(VENV)-python-$*/bin/python -m pytest tests/test_smoke.py
 	rm -rf $(VENV)-python-$*
+
+# What the gate does besides `make test`, as much at once as there are cores.
+gate: $(LAST_STAGES:%=test-last-stage-%) test-environments static-gate
+
+# One after the other: an installation writes to the checkout.
+test-environments:
+	$(MAKE) --jobs 1 test-transformers-$(firstword $(OLD_TRANSFORMERS)) $(GATE_PYTHONS:%=test-python-%)
+
+static-gate: $(VENV)/ready
+	$(BIN)/python -m bench.static --subset quick --target sm_80 gfx942
 
 # The kernels' binaries for all GPUs, then what a tile costs in them.
 static: $(VENV)/ready

@@ -17,7 +17,7 @@ from .checks import type_name
 # torch 2.13 has renamed it.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 # Seconds that the processes that are left after a failure wait for each other's word.
-_GRACE = 5.0
+_GRACE = 10.0
 _KEY = "lsg_attn/left/{}"
 
 
@@ -58,6 +58,10 @@ class Group:
         if self.rank < 0:
             raise ValueError("mesh: expected one that this process is in")
         self.received_bytes = self.messages = 0
+
+    def __deepcopy__(self, _: object) -> Group:
+        """The same group: a copy of a model talks to the same processes."""
+        return self
 
     def device_of_numbers(self, device: torch.device) -> torch.device:
         """Where numbers that Python reads are best sent from: the CPU, if the group can, or ``device``."""

@@ -129,6 +129,21 @@ def _choose(implementation: str, call: Call) -> str:
     return "torch" if cpp_limits.unsupported_reasons(call) else "cpp"
 
 
+def choice_of(call: Call) -> str:
+    """The implementation that ``"auto"`` takes for a call with data."""
+    chosen = _choose("auto", call)
+    return "triton" if chosen == "operator" else chosen
+
+
+def reasons_against(call: Call) -> dict[str, list[str]]:
+    """Of each implementation but the reference, why it cannot run a call; nothing if it can."""
+    return {
+        "triton": triton_limits.unsupported_reasons(call),
+        "cpp": cpp_limits.unsupported_reasons(call),
+        "torch": [],
+    }
+
+
 def _has_no_data(x: Tensor) -> bool:
     """Whether there is only a shape to compute."""
     return x.is_meta or isinstance(x, FakeTensor)

@@ -191,13 +191,16 @@ class _Run:
         wait = self._start_exchange(sends, fetched)
         # 2. Answer what needs none of these.
         first_query = self._fetch_first_query()
-        out, lse = self._empty_results()
         main, *others = shard.pieces
         rows = [self._queries(main, first_query), *whole[1:]]
         found = self._attend(main, rows, has_globals=self.group.rank == 0)
-        self._put_results(main, found, (out, lse))
-        of_globals = torch.cat([found[0][:, :, :count].to(lse.dtype), found[1][:, :, :count, None]], -1)
+        of_globals = torch.cat([found[0][:, :, :count].to(found[1].dtype), found[1][:, :, :count, None]], -1)
         gathered = self.group.all_gather(of_globals)
+        out, lse = found
+        if self.needs_grad:  # what was found may be kept for the backward
+            out, lse = self._empty_results()
+            self._put_results(main, found, (out, lse))
+        del found
         # 3. Answer what does.
         wait()
         segments = [(shard.own, own), *((span, fetched[rank]) for rank, span in shard.receives.items())]

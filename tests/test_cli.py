@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from strategies import cases
 
+import lsg_attn.cli.doctor
 from lsg_attn import SPARSITY_TYPES, LSGPattern
 from lsg_attn.cli.draw import GLOBAL, LOCAL, NOT_SEEN, PADDING, SPARSE, kinds_of_keys
 from lsg_attn.cli.main import main
@@ -30,6 +31,29 @@ def test_demo_prints_a_row_for_each_type(capsys, tmp_path):
         assert 0 < float(error) < 1e-5
         assert float(seconds) > 0
         assert float(speed.rstrip("x")) > 0
+
+
+def test_doctor_says_what_runs_and_finds_what_is_wrong(capsys, monkeypatch):
+    main(["doctor", "--tokens", "300", "--head-dim", "24", "--dtype", "float64", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert f"{torch.__version__} " in out
+    assert "takes 'torch':" in out
+    assert "'cpp': the dtype is torch.float64, the C++ takes" in out
+    assert "Self-check of torch against the reference in float64, 7 types, with gradients: all within" in out
+    right = lsg_attn.cli.doctor.run_attention
+    wrong = lambda *x, **named: {name: 1.01 * y for name, y in right(*x, **named).items()}  # noqa: E731
+    monkeypatch.setattr(lsg_attn.cli.doctor, "run_attention", wrong)
+    with pytest.raises(SystemExit) as stop:
+        main(["doctor", "--device", "cpu"])
+    assert stop.value.code == 1
+    assert "'torch', lsh: dvalue: relative RMS error 1.00e-02 is above 1e-05" in capsys.readouterr().out
+    for arguments, message in (
+        (["--device", "moon"], "--device: Expected one of cpu"),
+        (["--heads", "0"], "at least 1"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["doctor", *arguments])
+        assert message in capsys.readouterr().err
 
 
 def test_measure_reports_the_last_result_the_fastest_repetition_and_the_peak():

@@ -1,4 +1,4 @@
-"""The command lsg-attn: `lsg-attn demo`, `convert` and `pattern`."""
+"""The command lsg-attn: `lsg-attn demo`, `convert`, `pattern` and `doctor`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from .. import __version__
 from ..pattern import SPARSITY_TYPES, LSGPattern
 from .demo import run_demo
 from .demo_encoder import run_encoder_demo
+from .doctor import run_doctor
 from .draw import kinds_of_keys, print_pattern, save_pattern
 from .output import make_console, progress_bar
 from .sizes import BART_SIZES
@@ -26,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_demo(commands.add_parser("demo", help="run a long document through an LSG encoder with each sparsity type"))
     _add_convert(commands.add_parser("convert", help="convert a checkpoint to an LSG model for long documents"))
     _add_pattern(commands.add_parser("pattern", help="draw which keys each query sees"))
+    _add_doctor(commands.add_parser("doctor", help="say what is installed and which implementation runs; check it"))
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -174,6 +178,29 @@ def _pattern(options: argparse.Namespace) -> None:
     if find_spec("matplotlib") is None:
         raise ModuleNotFoundError("--out needs matplotlib: pip install 'lsg-attn[plot]', or omit --out to print text")
     save_pattern(options.out, patterns, kinds)
+
+
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    for name, default in (("tokens", 4096), ("heads", 16), ("head-dim", 64), ("num-global-tokens", 1)):
+        parser.add_argument(f"--{name}", type=int, default=default, help="of the call (default: %(default)s)")
+    parser.add_argument("--sparsity-type", default="norm", choices=SPARSITY_TYPES, help="(default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", choices=("float64", "float32", "bfloat16", "float16"))
+    parser.add_argument("--device", help="(default: the first GPU, or the CPU without one)")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # what torch raises for a name, or a device that is not here
+        raise ValueError(f"--device: {str(error).splitlines()[0]}") from error
+    pattern = LSGPattern(sparsity_type=options.sparsity_type, num_global_tokens=options.num_global_tokens)
+    shape = (options.heads, options.tokens, options.head_dim)
+    if min(shape) < 1:
+        raise ValueError(f"expected --heads, --tokens and --head-dim of at least 1, got {shape}")
+    if not run_doctor(make_console(), shape, getattr(torch, options.dtype), device, pattern):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def check_fully_shard(mesh):
     plain = tiny(BERT).double().train()
     inputs = inputs_of(BERT)
     expected = step(plain, inputs)
-    model = parallelize(copy.deepcopy(plain), mesh)
+    model = copy.deepcopy(parallelize(copy.deepcopy(plain), mesh))
     for layer in model.ordered_layers():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
