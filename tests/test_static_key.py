@@ -175,7 +175,7 @@ def test_arguments_options_target_and_version_change_a_key(launch_of, monkeypatc
 def test_the_code_that_reads_binaries_is_part_of_a_key(launch_of, monkeypatch):
     launch = launch_of()
     key = key_of(launch, "sm_90")
-    monkeypatch.setattr(static_key, "_code_of_figures", lambda: "read otherwise")
+    monkeypatch.setattr(static_key, "code_of_figures", lambda: "read otherwise")
     assert key_of(launch, "sm_90") != key
 
 
