@@ -14,7 +14,7 @@ from .checks import integer, number, probability, type_name
 from .masking import check_mask
 from .pattern import LSGPattern
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def checked_call(
@@ -65,8 +65,8 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type_name(x)}")
-        if x.dtype not in _DTYPES:
-            raise TypeError(f"{name}: expected a dtype out of {_DTYPES}, got {x.dtype}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected a dtype out of {DTYPES}, got {x.dtype}")
         if x.is_nested or x.layout != torch.strided:
             raise ValueError(f"{name}: expected a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
         if hasattr(x, "placements"):
@@ -107,8 +107,8 @@ def _projections(
     for x in projections:
         if not isinstance(x, Tensor):
             raise TypeError(f"lsh_projections: expected tensors, got {type_name(x)}")
-        if x.dtype not in _DTYPES:
-            raise TypeError(f"lsh_projections: expected a dtype out of {_DTYPES}, got {x.dtype}")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"lsh_projections: expected a dtype out of {DTYPES}, got {x.dtype}")
         if x.device != device:
             raise ValueError(f"lsh_projections: expected query's device {device}, got {x.device}")
     got = [tuple(x.shape) for x in projections]

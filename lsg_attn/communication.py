@@ -158,6 +158,11 @@ class Group:
         ) from error
 
 
+def group_of(mesh: DeviceMesh | dist.ProcessGroup | Group) -> Group:
+    """The Group of a mesh, or what is one."""
+    return mesh if isinstance(mesh, Group) else Group(mesh)
+
+
 def _bytes(x: Tensor) -> Tensor:
     """The memory of x, which is contiguous, as bytes: any dtype can be sent so."""
     return x.view(-1).view(torch.uint8)

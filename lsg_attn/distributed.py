@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .checks import type_name
-from .communication import Group
+from .communication import Group, group_of
 from .dispatch import Answer, answered_by
 from .pattern import LSGPattern
 from .sections import Span, shares, spans_of
@@ -47,7 +47,7 @@ def context_parallel(mesh: Mesh | Group) -> Iterator[Group]:
         TypeError, ValueError: ``mesh`` is something else. Of the attention: ValueError if processes ask for different
             things or their tokens are not whole blocks; RuntimeError if a process is lost, naming it.
     """
-    group = mesh if isinstance(mesh, Group) else Group(mesh)
+    group = group_of(mesh)
     with answered_by(answers_of(group)):
         yield group
 
@@ -122,7 +122,7 @@ def _checked(
     dim, count = dim % x.dim(), pattern.num_global_tokens if has_globals else 0
     if x.shape[dim] < count:
         raise ValueError(f"x: expected at least the {count} rows of globals, got shape {tuple(x.shape)} with dim={dim}")
-    return mesh if isinstance(mesh, Group) else Group(mesh), dim, count
+    return group_of(mesh), dim, count
 
 
 class _Shard(torch.autograd.Function):

@@ -41,9 +41,9 @@ class Piece(NamedTuple):
     queries: Span
 
     @property
-    def has_first_query(self) -> bool:
-        """Whether the first of its tokens is a query."""
-        return self.queries.size > 0 and self.queries.start == self.keys.start
+    def lacks_first_query(self) -> bool:
+        """Whether it has tokens, of which the first is no query."""
+        return self.keys.size > 0 and (self.queries.size == 0 or self.queries.start > self.keys.start)
 
     def section(self, num_tokens: int, *, has_globals: bool) -> Section:
         """The Section of a call with these keys, in a sequence of ``num_tokens``."""

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from .arguments import DTYPES
 from .call import Call
 from .communication import Group, Message
 from .dispatch import IMPLEMENTATIONS, answer_here, draw_seed
 from .merging import merge, merge_backward
 from .pattern import SPARSITY_TYPES, LSGPattern
 from .sections import Piece, Span, halo_of, pieces_of, spans_of
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Shard:
@@ -84,7 +83,7 @@ def _agree(
     """
     query, key, pattern = call.query, call.key, call.pattern
     alike: dict[str, Any] = {
-        "dtype": _DTYPES.index(query.dtype),
+        "dtype": DTYPES.index(query.dtype),
         "batch": query.shape[0],
         "heads": query.shape[1],
         "key heads": key.shape[1],
@@ -123,7 +122,7 @@ def _float(bits: int) -> float:
 
 # How the numbers that stand for something else are told.
 _READABLE: dict[str, Any] = {
-    "dtype": _DTYPES.__getitem__,
+    "dtype": DTYPES.__getitem__,
     "sparsity_type": SPARSITY_TYPES.__getitem__,
     "dropout_p": _float,
     "scale": _float,
@@ -198,7 +197,7 @@ class _Run:
         gathered = self.group.all_gather(of_globals)
         out, lse = found
         if self.needs_grad:  # what was found may be kept for the backward
-            out, lse = self._empty_results()
+            out, lse = self._empty_out(), self._empty_lse()
             self._put_results(main, found, (out, lse))
         del found
         # 3. Answer what does.
@@ -218,11 +217,10 @@ class _Run:
     def backward(self, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of the shard's queries, keys and values."""
         key, shard, count = self.call.key, self.shard, self.count
-        out, lse = self._empty_results()
-        dout = torch.zeros_like(out) if dout is None else dout
-        has_dlse, dlse = dlse is not None, torch.zeros_like(lse) if dlse is None else dlse
+        dout = self._empty_out().zero_() if dout is None else dout
+        has_dlse, dlse = dlse is not None, self._empty_lse().zero_() if dlse is None else dlse
         # 1. Start to sum what all processes have of the gradients of the globals' results.
-        of_globals = [dout[:, :, :count].to(lse.dtype), dlse[:, :, :count, None]]
+        of_globals = [dout[:, :, :count].to(dlse.dtype), dlse[:, :, :count, None]]
         gathered = self.group.all_gather(torch.cat(of_globals, -1))
         # 2. Differentiate what needed tokens of others, and start to send what is theirs.
         main, *others = self.parts
@@ -245,9 +243,10 @@ class _Run:
         dlse = torch.cat([dlse_part, dlse[:, :, count:]], 2) if has_dlse or count else None
         dquery, dkey, dvalue = self._differentiate(main, dout, dlse)
         # 4. Add up: of this process, then of the others in the order of their ranks.
-        dfirst = self._take_first(main.piece, dquery)
+        if self.weights_by_query:
+            taken = [self._take_first(piece, x[0]) for piece, x in [(main.piece, (dquery,)), *found]]
+            of_first = self.group.all_gather(torch.stack(taken).sum(0))
         for piece, (dq, *dkeys) in found:
-            dfirst += self._take_first(piece, dq)
             _add(dquery[:, :, count:], shard.own, dq[:, :, count:], piece.keys)
             for x, grad in zip((dkey, dvalue), dkeys, strict=True):
                 x[:, :, :count] += grad[:, :, :count]
@@ -257,7 +256,7 @@ class _Run:
             for x, grad in zip((dkey, dvalue), returned[rank], strict=True):
                 _add(x[:, :, count:], shard.own, grad, span)
         if self.weights_by_query:
-            dfirst = self.group.all_gather(dfirst)().sum(0)
+            dfirst = of_first().sum(0)
             if self.group.rank == 0:
                 dquery[:, :, count : count + 1] += dfirst
         return dquery, dkey, dvalue
@@ -268,12 +267,15 @@ class _Run:
             [Message(rank, rows) for rank, rows in receives.items()],
         )
 
-    def _empty_results(self) -> tuple[Tensor, Tensor]:
-        """An output, in memory as an output projection wants it, and a log-sum-exp of the shard's rows."""
+    def _empty_out(self) -> Tensor:
+        """An uninitialised output of the shard's rows, in memory as an output projection wants it."""
         batch, heads, length, head_dim = self.call.query.shape
-        new = self.call.query.new_empty
-        dtype = torch.promote_types(self.call.query.dtype, torch.float32)
-        return new(batch, length, heads, head_dim).transpose(1, 2), new(batch, heads, length, dtype=dtype)
+        return self.call.query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+
+    def _empty_lse(self) -> Tensor:
+        """An uninitialised log-sum-exp of the shard's rows."""
+        query = self.call.query
+        return query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
 
     def _fetch_first_query(self) -> Tensor | None:
         """The query (batch, heads, 1, head_dim) of the sequence's first token, where tokens are weighted by it."""
@@ -292,12 +294,12 @@ class _Run:
     def _queries(self, piece: Piece, first_query: Tensor | None) -> Tensor:
         """The query of a piece, with a row for each of its keys; see :class:`.call.Section`."""
         query, count = self.call.query, self.count
-        lacks_first = piece.keys.size > 0 and not piece.has_first_query
-        if piece.keys == self.shard.own and not (lacks_first and first_query is not None):
+        first_query = first_query if piece.lacks_first_query else None
+        if piece.keys == self.shard.own and first_query is None:
             return query
         rows = query.new_zeros(*query.shape[:2], count + piece.keys.size, query.shape[3])
         rows[:, :, :count] = query[:, :, :count]
-        if lacks_first and first_query is not None:
+        if first_query is not None:
             rows[:, :, count : count + 1] = first_query
         _put(rows[:, :, count:], piece.keys, query[:, :, count:], self.shard.own, piece.queries)
         return rows
@@ -334,7 +336,7 @@ class _Run:
     def _take_first(self, piece: Piece, dquery: Tensor) -> Tensor:
         """What a piece gives to the query of the sequence's first token, which is none of its own; 0 is left there."""
         row = dquery[:, :, self.count : self.count + 1]
-        if not self.weights_by_query or not piece.keys.size or piece.has_first_query:
+        if not piece.lacks_first_query:
             return dquery.new_zeros(*dquery.shape[:2], 1, dquery.shape[3])
         taken = row.clone()
         row.zero_()

@@ -123,7 +123,8 @@ class Layout:
 
     @cached_property
     def _query_blocks(self) -> range:
-        start, stop = (0, self.num_tokens) if self.section is None else self.section[2:4]
+        section = self.section
+        start, stop = (0, self.num_tokens) if section is None else (section.start, section.stop)
         return range(start // self.pattern.block_size, self.pattern.num_blocks(stop))
 
     @cached_property

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..checks import type_name
-from ..communication import Group
+from ..communication import Group, group_of
 from ..distributed import Mesh, answers_of, first_rows, gather, shard
 from ..layer import LSGAttention
 from ..sections import shares
@@ -47,7 +47,7 @@ def parallelize(model: Model, mesh: Mesh | Group, *, gather_outputs: bool = True
     encoders = [module for module in model.modules() if isinstance(module, LSGEncoder)]
     if not encoders:
         raise TypeError(f"model: expected an LSG model, got a {type_name(model)}")
-    group = mesh if isinstance(mesh, Group) else Group(mesh)
+    group = group_of(mesh)
     for encoder in encoders:
         if not gather_outputs and not encoder.packs_documents:
             raise ValueError("gather_outputs: expected True, as the model's head reads whole documents")
@@ -75,7 +75,7 @@ class Shared(Alone):
 
     def before_layer(self, states: Tensor) -> Tensor:
         """With the globals' states of the first process: dropout has drawn other ones for those of others."""
-        count = self._pattern.num_global_tokens
+        count = self._config.num_global_tokens
         return torch.cat([first_rows(states, self._group, count), states[:, count:]], dim=1)
 
     def after_layers(self, states: Tensor) -> Tensor:
