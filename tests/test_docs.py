@@ -146,7 +146,8 @@ def help_of(program, is_module, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [program, "--help"])
         patch.syspath_prepend(str((ROOT / program).parent))  # as Python does for a program
-        patch.delitem(sys.modules, program, raising=False)  # runpy warns of a module that was imported before
+        if not hasattr(sys.modules.get(program), "__path__"):  # a package would be imported anew, without its modules
+            patch.delitem(sys.modules, program, raising=False)  # runpy warns of a module that was imported before
         run = partial(runpy.run_module, program) if is_module else partial(runpy.run_path, str(ROOT / program))
         with pytest.raises(SystemExit) as stop:
             run(run_name="__main__")

@@ -80,7 +80,7 @@ def test_exchange_is_hidden_from_some_span_on(is_backward):
 def test_performance_page_has_these_figures(monkeypatch):
     """Those of the command that it names, of the types whose figures differ."""
     console = Console(record=True, width=400)
-    monkeypatch.setattr("bench.static.ranks.Console", lambda **_: console)
+    monkeypatch.setattr(model.ranks, "Console", lambda **_: console)
     model.main(["--ranks", "8", "64", "1024", "--types", "norm", "bos_pooling", "none"])
     lines = [[cell.strip() for cell in line.split("│")] for line in console.export_text().splitlines() if "│" in line]
     assert len(lines) == 3 * 3 + 3 * 3
