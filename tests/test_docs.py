@@ -21,12 +21,13 @@ from lsg_attn.models.families import FAMILIES
 ROOT = Path(__file__).parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = [README, *sorted(DOCS.rglob("*.md"))]
-# tiny checkpoints for the published ones, the package with its weights for a sentence encoder, few tokens for the demos
+# tiny checkpoints for the published ones, the package with its weights for a sentence encoder, few tokens
 STAND_INS = {
     "ccdv/lsg-bart-large-4096": str(CONVERTED),
     "facebook/bart-base": str(BASE),
     "sentence-transformers/all-MiniLM-L6-v2": str(get_model_path()),
     "--tokens 8192": "--tokens 600",
+    "max_length=1024": "max_length=256",
 }
 TEXT = "The quick brown fox jumps over the lazy dog, again and again. " * 60
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)^```$", re.MULTILINE)
