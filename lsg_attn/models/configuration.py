@@ -11,6 +11,7 @@ from ..checks import type_name
 from ..dispatch import check_implementation
 from ..pattern import LSGPattern
 from .family import GLOBAL_ROWS
+from .weights import check_named_weights
 
 _PATTERN_KEYS = tuple(field.name for field in fields(LSGPattern) if field.name != "causal")
 
@@ -111,8 +112,9 @@ class LSGConfig(PretrainedConfig):
         """As in transformers, except that the encoder's keys in ``kwargs`` are checked together with all others.
 
         Raises:
-            TypeError, ValueError: as in the constructor.
+            TypeError, ValueError: as in the constructor, or the configuration names weights that are no safetensors.
         """
+        check_named_weights(config_dict)
         overrides = {key: kwargs.pop(key) for key in cls.lsg_defaults if key in kwargs}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
