@@ -309,7 +309,10 @@ def load_tokenizer(path: str | Path) -> Any:
     """
     check_directory(path)
     if not any(has_file(path, name) for name in _VOCABULARIES):
-        raise ValueError(f"tokenizer: expected one at {path}, which has none of {', '.join(_VOCABULARIES)}")
+        raise ValueError(
+            f"tokenizer: expected one at {path}, which has none of {', '.join(_VOCABULARIES)}; convert takes another "
+            "one as tokenizer, lsg-attn convert as --tokenizer"
+        )
     return AutoTokenizer.from_pretrained(path)
 
 
@@ -322,6 +325,7 @@ def _family_and_class(config: Any, name: str | None, path: Any = None) -> tuple[
         raise ValueError(
             f"model_or_path: expected one of {titles}, or its LSG model, got model_type {model_type!r}"
             + ("" if path is None else f" at {path}")
+            + ("; is there a config.json?" if model_type is None else "; use_lsg gives other encoders LSG attention")
         )
     if name is None:
         return family, family.default

@@ -1,10 +1,12 @@
 """No pickle is read, by any way to load a model, unless the caller asks for it."""
 
+import ast
 import json
 import os
 import pickle
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,3 +180,15 @@ def test_a_directory_that_is_not_there_is_named(path, tmp_path, monkeypatch, cap
     with pytest.raises(SystemExit) as stop:
         main(["convert", path, "lsg"])
     assert (stop.value.code, capsys.readouterr().err) == (2, f"lsg-attn: {message}\n")
+
+
+def test_programs_load_plain_models_in_this_way_too():
+    """The commands and the examples: what is neither an LSG class nor no model says use_safetensors=True."""
+    root = Path(__file__).parent.parent.parent
+    found = {}
+    for path in (*root.glob("examples/*.py"), *root.glob("lsg_attn/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and re.match(r"AutoModel\w*\.from_pretrained", ast.unparse(node.func)):
+                found[path.name] = any(ast.unparse(keyword) == "use_safetensors=True" for keyword in node.keywords)
+    assert len(found) >= 6
+    assert all(found.values()), found
