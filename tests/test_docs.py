@@ -21,6 +21,7 @@ PAGES = [README, *sorted(DOCS.glob("*.md"))]
 # tiny checkpoints for the published ones, and few tokens for the demos
 STAND_INS = {
     "ccdv/lsg-bart-large-4096": str(CONVERTED),
+    "ccdv/lsg-bart-base-4096-arxiv": str(CONVERTED),
     "facebook/bart-base": str(BASE),
     "--tokens 8192": "--tokens 600",
 }

@@ -182,8 +182,8 @@ def test_a_directory_that_is_not_there_is_named(path, tmp_path, monkeypatch, cap
     assert (stop.value.code, capsys.readouterr().err) == (2, f"lsg-attn: {message}\n")
 
 
-def test_programs_load_plain_models_in_this_way_too():
-    """The commands and the examples: what is neither an LSG class nor no model says use_safetensors=True."""
+def test_programs_read_safetensors_of_plain_models_too():
+    """The Auto classes of the commands and the examples are told to read safetensors."""
     root = Path(__file__).parent.parent.parent
     found = {}
     for path in (*root.glob("examples/*.py"), *root.glob("lsg_attn/**/*.py")):
