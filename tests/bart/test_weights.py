@@ -153,10 +153,17 @@ def test_a_pickle_that_is_asked_for_runs_no_code(tmp_path):
     assert (tmp_path / "ran").exists()
 
 
-def test_safetensors_are_read_beside_a_pickle_and_states_in_memory(tmp_path, no_torch_load):
+def test_where_both_are_the_caller_says_which_is_read(tmp_path):
     shutil.copytree(CONVERTED, tmp_path / "both")
-    (tmp_path / "both/pytorch_model.bin").write_bytes(b"no weights")
-    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "both")
+    states = load_file(CONVERTED / "model.safetensors")
+    torch.save({name: x + 1 for name, x in states.items()}, tmp_path / "both/pytorch_model.bin")
+    for use_safetensors, added in ((None, 0), (True, 0), (False, 1)):
+        model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "both", use_safetensors=use_safetensors)
+        assert torch.equal(model.model.shared.weight, states["model.shared.weight"] + added)
+
+
+def test_states_in_memory_need_no_file(no_torch_load):
+    model = LSGBartForConditionalGeneration.from_pretrained(CONVERTED)
     config, states = LSGBartConfig.from_pretrained(CONVERTED), model.state_dict()
     again = LSGBartForConditionalGeneration.from_pretrained(None, config=config, state_dict=dict(states))
     assert all(torch.equal(x, states[name]) for name, x in again.state_dict().items())
