@@ -112,11 +112,11 @@ def main() -> None:
     limit = model.config.max_position_embeddings
     if options.max_length is not None and options.max_length > limit:
         parser.error(f"--max-length: expected at most {limit}, the length of {options.model}, got {options.max_length}")
-    limit = options.max_length or limit
+    longest = options.max_length or limit
     model = model.to(options.device, torch.float32 if options.device == "cpu" else torch.bfloat16).eval()
     settings = settings_of(model, options.max_new_tokens, options.num_beams)
     print(
-        f"{len(pairs)} documents of up to {limit} tokens, batches of {options.batch_size}, {model.dtype}, "
+        f"{len(pairs)} documents of up to {longest} tokens, batches of {options.batch_size}, {model.dtype}, "
         f"{options.device}; generation: {', '.join(f'{key}={value}' for key, value in settings.items())}"
     )
 
@@ -129,8 +129,8 @@ def main() -> None:
         for first in range(0, len(pairs), options.batch_size):
             batch = pairs[first : first + options.batch_size]
             texts = [text for text, _ in batch]
-            num_cut += sum(len(ids) > limit for ids in tokenizer(texts, verbose=False)["input_ids"])
-            inputs = tokenizer(texts, truncation=True, max_length=limit, padding=True, return_tensors="pt")
+            num_cut += sum(len(ids) > longest for ids in tokenizer(texts, verbose=False)["input_ids"])
+            inputs = tokenizer(texts, truncation=True, max_length=longest, padding=True, return_tensors="pt")
             inputs = {name: inputs[name].to(options.device) for name in ("input_ids", "attention_mask")}
             with torch.inference_mode():
                 ids = model.generate(**inputs, **settings)
@@ -140,7 +140,7 @@ def main() -> None:
                 print(json.dumps(line, ensure_ascii=False), file=out, flush=True)
             if options.out is not None:
                 print(f"{first + len(batch)} of {len(pairs)}, {time.perf_counter() - start:.0f} s", flush=True)
-    print(f"{num_cut} of {len(pairs)} documents are longer than {limit} tokens, their rest was left out")
+    print(f"{num_cut} of {len(pairs)} documents are longer than {longest} tokens, their rest was left out")
     print("F1 x 100, and the interval of 95 %")
     for kind, (low, median, high) in rouge.intervals().items():
         print(f"{kind:9} {100 * median:6.2f}  [{100 * low:.2f}, {100 * high:.2f}]")

@@ -43,17 +43,17 @@ def load_weights(load: Callable[..., Any], path: Any, *args: Any, use_safetensor
     # whatever a path or an index names, transformers reads
     file = os.path.join(subfolder, path)
     if str(path).startswith(("http://", "https://")) or (os.path.isfile(file) and not file.endswith(_SAFE)):
-        raise _refusal(path, os.path.basename(file))
+        raise _refusal(path, f"{os.path.basename(file)}, which would be read as a pickle")
     if has(index := _name(SAFE_WEIGHTS_INDEX_NAME, subfolder, variant)):
         shards = json.loads(Path(cached_file(path, index, **hub)).read_text(encoding="utf-8"))["weight_map"].values()
         if odd := [shard for shard in shards if not shard.endswith(_SAFE)]:
-            raise _refusal(path, odd[0])
+            raise _refusal(path, f"{odd[0]}, which would be read as a pickle")
     try:
         return load(path, *args, use_safetensors=True, **kwargs)
     except OSError as error:
         names = [_name(name, subfolder, variant) for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)]
         if found := next(filter(has, names), None):
-            raise _refusal(path, found) from error
+            raise _refusal(path, f"{found}, a pickle") from error
         raise
 
 
@@ -88,6 +88,6 @@ def _name(name: str, subfolder: str, variant: str | None) -> str:
 
 def _refusal(path: Any, found: str) -> OSError:
     return OSError(
-        f"expected weights in safetensors at {path}, found {found}, a pickle; if you trust its source, pass "
+        f"expected weights in safetensors at {path}, found {found}; if you trust its source, pass "
         "use_safetensors=False (lsg-attn convert: --no-use-safetensors)"
     )
