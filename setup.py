@@ -96,6 +96,7 @@ setup(
             "onnxscript>=0.3",
             "peft>=0.17",
             "pytest>=8",
+            "rouge-score>=0.1.2",
             "ruff>=0.12",
             "setuptools>=77",
             TRANSFORMERS,

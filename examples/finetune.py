@@ -10,10 +10,10 @@ Each line of the data is a JSON object with the strings "document" and "summary"
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
+from pairs import read_pairs
 from torch.utils.data import Dataset
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, DataCollatorForSeq2Seq, Seq2SeqTrainer
 from transformers import Seq2SeqTrainingArguments as Arguments
@@ -25,36 +25,20 @@ class Summaries(Dataset[dict[str, Any]]):
     """The examples of a JSON-lines file. Each one is tokenized when it is read.
 
     Raises:
-        ValueError: a line lacks one of the two strings (the error gives its number), or the file has no examples.
+        OSError, UnicodeDecodeError, ValueError: as in :func:`pairs.read_pairs`.
     """
 
     def __init__(self, path: Path, tokenizer: Any, max_length: int, max_target_length: int) -> None:
         self.tokenizer, self.max_length, self.max_target_length = tokenizer, max_length, max_target_length
-        self.examples: list[dict[str, str]] = []
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    self.examples.append(self._parsed(line, f"{path}:{number}"))
-        if not self.examples:
-            raise ValueError(f"{path}: expected at least one example, got none")
-
-    @staticmethod
-    def _parsed(line: str, where: str) -> dict[str, str]:
-        try:
-            example = json.loads(line)
-        except json.JSONDecodeError:
-            example = None
-        if not isinstance(example, dict) or not all(isinstance(example.get(x), str) for x in ("document", "summary")):
-            raise ValueError(f'{where}: expected an object with the strings "document" and "summary", got {line[:80]}')
-        return example
+        self.pairs = read_pairs(path)
 
     def __len__(self) -> int:
-        return len(self.examples)
+        return len(self.pairs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        example = self.examples[index]
-        inputs = self.tokenizer(example["document"], truncation=True, max_length=self.max_length)
-        target = self.tokenizer(text_target=example["summary"], truncation=True, max_length=self.max_target_length)
+        document, summary = self.pairs[index]
+        inputs = self.tokenizer(document, truncation=True, max_length=self.max_length)
+        target = self.tokenizer(text_target=summary, truncation=True, max_length=self.max_target_length)
         return {**inputs, "labels": target["input_ids"]}
 
 
@@ -72,7 +56,7 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="mixed precision, on GPUs that support bfloat16")
     options = parser.parse_args()
 
-    model = AutoModelForSeq2SeqLM.from_pretrained(options.model)
+    model = AutoModelForSeq2SeqLM.from_pretrained(options.model, use_safetensors=True)
     if not isinstance(model.config, LSGBartConfig):
         parser.error(f"--model: expected an LSG-BART, got {options.model}; `lsg-attn convert` converts a BART")
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -80,6 +64,8 @@ def main() -> None:
         data = Summaries(options.data, tokenizer, model.config.max_position_embeddings, options.max_target_length)
     except (OSError, UnicodeDecodeError) as error:
         parser.error(f"expected a text file in UTF-8 at {options.data}: {error}")
+    except ValueError as error:
+        parser.error(str(error))
     trainer = Seq2SeqTrainer(
         model=model,
         args=Arguments(

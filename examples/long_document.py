@@ -116,7 +116,7 @@ def main() -> None:
     if group.rank:
         logging.set_verbosity_error()  # the first process says it
     try:
-        model = AutoModel.from_pretrained(options.model)
+        model = AutoModel.from_pretrained(options.model, use_safetensors=True)
         parallelize(model, group, gather_outputs=False)
     except (OSError, TypeError, ValueError) as error:
         parser.error(f"--model: expected an LSG encoder, as `lsg-attn convert` writes, got {options.model}: {error}")

@@ -21,7 +21,7 @@ from lsg_attn.bart import LSGBartConfig, convert
 def load(path: str, max_length: int | None) -> tuple[Any, Any]:
     """Load a model and its tokenizer. A plain BART is converted for ``max_length`` tokens."""
     if isinstance(AutoConfig.from_pretrained(path), LSGBartConfig):
-        return AutoModelForSeq2SeqLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        return AutoModelForSeq2SeqLM.from_pretrained(path, use_safetensors=True), AutoTokenizer.from_pretrained(path)
     print(f"{path} is a plain BART: converting it for {max_length or 4096} tokens (not fine-tuned for that length)")
     return convert(path, max_length or 4096)
 

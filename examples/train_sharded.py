@@ -257,7 +257,11 @@ def main() -> None:
         parser.error(f"expected a text file in UTF-8 at {options.file}: {error}")
     torch.manual_seed(options.seed)  # a head that the folder lacks is drawn, alike on all processes
     try:
-        model = AutoModelForMaskedLM.from_pretrained(options.model, dtype=torch.float32).to(options.device).train()
+        model = (
+            AutoModelForMaskedLM.from_pretrained(options.model, dtype=torch.float32, use_safetensors=True)
+            .to(options.device)
+            .train()
+        )
         tokenizer = AutoTokenizer.from_pretrained(options.model)
         share_out(model, mesh)
     except (OSError, TypeError, ValueError) as error:

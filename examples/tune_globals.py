@@ -102,7 +102,8 @@ def main() -> None:
 
         options.model = str(get_model_path())
     torch.manual_seed(0)
-    plain, tokenizer = AutoModel.from_pretrained(options.model).eval(), AutoTokenizer.from_pretrained(options.model)
+    plain = AutoModel.from_pretrained(options.model, use_safetensors=True).eval()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
     tokenizer.model_max_length = options.max_length
     keys = {"block_size": options.block_size, "sparse_block_size": options.block_size}
     model, _ = convert(options.model, options.max_length, num_global_tokens=options.num_global_tokens, **keys)

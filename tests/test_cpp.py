@@ -306,7 +306,7 @@ def test_it_is_built_once_also_by_processes_that_start_together(tmp_path):
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [
-        ({"CXX": "/nowhere/g++"}, "as there is no C++ compiler (g++, or what CXX names)"),
+        ({"CXX": "/nowhere/g++"}, "as there is no C++ compiler (install g++, or name another in CXX)"),
         ({"CXX": "true"}, "as the C++ cannot be built or loaded: [Errno 2] No such file"),
         ({"CXX": "false"}, "as the C++ does not compile"),
         ({"ATEN_CPU_CAPABILITY": "avx2"}, "as the processor has no AVX-512 (PyTorch says AVX2)"),

@@ -24,6 +24,7 @@ PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 # tiny checkpoints for the published ones, the package with its weights for a sentence encoder, few tokens
 STAND_INS = {
     "ccdv/lsg-bart-large-4096": str(CONVERTED),
+    "ccdv/lsg-bart-base-4096-arxiv": str(CONVERTED),
     "facebook/bart-base": str(BASE),
     "sentence-transformers/all-MiniLM-L6-v2": str(get_model_path()),
     "--tokens 8192": "--tokens 600",

@@ -65,7 +65,7 @@ def _unsuitable_reason() -> str | None:
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch has no oneDNN"
     if _compiler() is None:
-        return "there is no C++ compiler (g++, or what CXX names)"
+        return "there is no C++ compiler (install g++, or name another in CXX)"
     return None
 
 

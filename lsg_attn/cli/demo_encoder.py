@@ -44,7 +44,7 @@ def run_encoder_demo(console: Console, tokens: int, file: Path | None) -> None:
 
     logging.disable_progress_bar()
     path = str(get_model_path())
-    plain = AutoModel.from_pretrained(path).eval()
+    plain = AutoModel.from_pretrained(path, use_safetensors=True).eval()
     model, tokenizer = convert(path, max(tokens, 3), mask_first_token=True)
     document = read_document(file)
     ids = tokenizer(document.text, truncation=True, max_length=max(tokens, 3), return_tensors="pt").input_ids

@@ -94,6 +94,12 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         help="add the embedding of segment 0 to the global tokens (default: for BERT, ELECTRA and ALBERT)",
     )
     parser.add_argument(
+        "--use-safetensors",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="read safetensors alone (default), or a pickle, pytorch_model.bin, of a source that you trust",
+    )
+    parser.add_argument(
         "--global-positional-stride",
         type=int,
         default=64,

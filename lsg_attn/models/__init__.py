@@ -3,12 +3,22 @@
 Importing this package registers them with the Auto classes, which then load published LSG checkpoints as LSG models.
 """
 
-import transformers
-from packaging.version import Version
+try:
+    import transformers
+    from packaging.version import Version
+except ModuleNotFoundError as error:
+    if error.name not in ("transformers", "packaging"):
+        raise  # something that transformers needs: its own error says what to install
+    raise ModuleNotFoundError(
+        f"lsg_attn.models needs {error.name}: pip install 'lsg-attn[models]'", name=error.name
+    ) from error
 
 if (found := Version(transformers.__version__)) < Version("4.44.2") or found == Version("5.0.0"):
     # transformers 5.0.0 does not tie the weights of old .bin checkpoints
-    raise ImportError(f"lsg_attn.models: expected transformers >= 4.44.2 other than 5.0.0, got {found}")
+    raise ImportError(
+        f"lsg_attn.models: expected transformers >= 4.44.2 other than 5.0.0, got {found}; pip install --upgrade "
+        "transformers"
+    )
 
 from .albert import (
     LSGAlbertConfig,

@@ -38,7 +38,7 @@ def convert_checkpoint(
 
     Raises:
         FileExistsError: ``destination`` exists.
-        OSError: ``destination`` cannot be written.
+        OSError: ``destination`` cannot be written, or ``source`` cannot be read.
         RuntimeError: the saved checkpoint, loaded again, differs from the converted model.
         TypeError, ValueError: as in :func:`lsg_attn.models.convert`.
     """

@@ -11,6 +11,7 @@ from ..checks import type_name
 from ..dispatch import check_implementation
 from ..pattern import LSGPattern
 from .family import GLOBAL_ROWS
+from .weights import check_named_weights
 
 _PATTERN_KEYS = tuple(field.name for field in fields(LSGPattern) if field.name != "causal")
 
@@ -111,8 +112,9 @@ class LSGConfig(PretrainedConfig):
         """As in transformers, except that the encoder's keys in ``kwargs`` are checked together with all others.
 
         Raises:
-            TypeError, ValueError: as in the constructor.
+            TypeError, ValueError: as in the constructor, or the configuration names weights that are no safetensors.
         """
+        check_named_weights(config_dict)
         overrides = {key: kwargs.pop(key) for key in cls.lsg_defaults if key in kwargs}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
@@ -146,11 +148,17 @@ class LSGConfig(PretrainedConfig):
         if config_dict.get("model_type") == cls.model_type:
             return config_dict
         if not cls.is_published(config_dict):
-            plain = cls.plain_class.model_type
+            plain, found = cls.plain_class.model_type, config_dict.get("model_type")
+            if config_dict.get("base_model_prefix") == "lsg" or str(found).startswith("lsg_"):
+                names = config_dict.get("architectures") or ["an Auto class of transformers"]
+                advice = f"load it with {names[0]}"
+            elif found is None:
+                advice = "is there a config.json?"
+            else:
+                advice = "lsg_attn.models.convert turns a plain model into an LSG model"
             raise ValueError(
                 f"expected the directory of an LSG-{cls.title} (model_type {cls.model_type!r}, or {plain!r} with "
-                f"base_model_prefix 'lsg'), got model_type {config_dict.get('model_type')!r}; lsg_attn.models.convert "
-                "turns a plain model into an LSG model"
+                f"base_model_prefix 'lsg'), got model_type {found!r}; {advice}"
             )
         # With auto_map, transformers would look for the original's code.
         kept = {key: value for key, value in config_dict.items() if key not in ("auto_map", "base_model_prefix")}

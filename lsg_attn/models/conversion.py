@@ -21,6 +21,7 @@ from ..checks import integer, type_name
 from .families import FAMILIES, family_of
 from .family import GLOBAL_ROWS, Family
 from .seq2seq import LSGSeq2SeqModel
+from .weights import check_directory, check_named_weights, load_weights
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "sentencepiece.bpe.model", "spiece.model")
 # Load in the dtype of the checkpoint, as transformers 5 does by default.
@@ -45,6 +46,7 @@ def convert(
     keep_first_global_token: bool = False,
     global_positional_stride: int = 64,
     use_token_ids: bool | None = None,
+    use_safetensors: bool = True,
     seed: int = 0,
     **lsg_keys: Any,
 ) -> Converted:
@@ -74,6 +76,8 @@ def convert(
         global_positional_stride: the distance in positions between most neighbouring global tokens.
         use_token_ids: whether to add the embedding of segment 0 to each global token. By default as lsg-converter does:
             for BERT, ELECTRA and ALBERT.
+        use_safetensors: whether to read safetensors alone. False reads a pickle, ``pytorch_model.bin``, by
+            ``torch.load(weights_only=True)``.
         seed: the seed of all random numbers. They are used for ``random_global_init``, and for the positions of the
             global tokens if the source has fewer than 512 positions.
         **lsg_keys: the encoder's keys of the configuration, such as ``num_global_tokens``: see
@@ -85,19 +89,22 @@ def convert(
         model and no tokenizer is given.
 
     Raises:
+        OSError: the path cannot be read, or has no safetensors, only a pickle.
         TypeError: an argument is not of the type named above, or a key is not one of the encoder's keys.
         ValueError: the source is of no family, has no encoder or lacks weights; the tokenizer is missing or has no BOS
             or MASK; a number is out of range; or keys contradict each other.
     """
     max_length = integer("max_length", max_length, 1)
     seed = integer("seed", seed, 0)
+    if not isinstance(use_safetensors, bool):
+        raise TypeError(f"use_safetensors: expected a bool, got {type_name(use_safetensors)}")
     if isinstance(model_or_path, PreTrainedModel):
         source = model_or_path
         if architecture is not None:
             raise ValueError("architecture: expected None for a model in memory, whose class decides")
         family, target_class = _family_and_class(source.config, type(source).__name__)
     elif isinstance(model_or_path, (str, Path)):
-        family, source, target_class = _load(model_or_path, architecture)
+        family, source, target_class = _load(model_or_path, architecture, use_safetensors)
         tokenizer = load_tokenizer(model_or_path) if tokenizer is None else tokenizer
     else:
         raise TypeError(
@@ -247,9 +254,11 @@ def _special_ids(config: Any, tokenizer: Any, mask_needed: bool) -> tuple[int, i
     return bos, mask
 
 
-def _load(path: str | Path, architecture: str | None) -> tuple[Family, Any, type[Any]]:
+def _load(path: str | Path, architecture: str | None, use_safetensors: bool) -> tuple[Family, Any, type[Any]]:
     """Load a model as the class that ``architecture``, or else its configuration, names; and find its LSG class."""
+    check_directory(path)
     config_dict, _ = PretrainedConfig.get_config_dict(path)
+    check_named_weights(config_dict)
     names = [architecture] if architecture is not None else (config_dict.get("architectures") or [None])
     family, target_class = _family_and_class(config_dict, names[0], path)
     if architecture is None and issubclass(target_class, LSGSeq2SeqModel):
@@ -260,7 +269,14 @@ def _load(path: str | Path, architecture: str | None) -> tuple[Family, Any, type
     # a new head for spans has two labels, however many the directory's own head has
     labels = {"num_labels": 2} if (architecture or "").endswith("ForQuestionAnswering") else {}
     try:
-        model, info = model_class.from_pretrained(path, output_loading_info=True, **SAVED_DTYPE, **labels)
+        model, info = load_weights(
+            model_class.from_pretrained,
+            path,
+            use_safetensors=use_safetensors,
+            output_loading_info=True,
+            **SAVED_DTYPE,
+            **labels,
+        )
     except (RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"model_or_path: cannot load {path} as a {model_class.__name__}: {reason}") from error
@@ -288,10 +304,15 @@ def load_tokenizer(path: str | Path) -> Any:
     tokenizer instead of failing.
 
     Raises:
+        FileNotFoundError: there is no such directory.
         ValueError: there is no tokenizer.
     """
+    check_directory(path)
     if not any(has_file(path, name) for name in _VOCABULARIES):
-        raise ValueError(f"tokenizer: expected one at {path}, which has none of {', '.join(_VOCABULARIES)}")
+        raise ValueError(
+            f"tokenizer: expected one at {path}, which has none of {', '.join(_VOCABULARIES)}; convert takes another "
+            "one as tokenizer, lsg-attn convert as --tokenizer"
+        )
     return AutoTokenizer.from_pretrained(path)
 
 
@@ -304,6 +325,7 @@ def _family_and_class(config: Any, name: str | None, path: Any = None) -> tuple[
         raise ValueError(
             f"model_or_path: expected one of {titles}, or its LSG model, got model_type {model_type!r}"
             + ("" if path is None else f" at {path}")
+            + ("; is there a config.json?" if model_type is None else "; use_lsg gives other encoders LSG attention")
         )
     if name is None:
         return family, family.default

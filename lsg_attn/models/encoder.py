@@ -110,7 +110,8 @@ class LSGEncoder(LSGModel):
         """Check what any encoder asks of its arguments.
 
         Raises:
-            ValueError: a head mask, or not exactly one of ``input_ids`` and ``inputs_embeds``.
+            TypeError: the tokens are no tensor.
+            ValueError: a head mask, not exactly one of ``input_ids`` and ``inputs_embeds``, or no token.
         """
         if head_mask is not None:
             raise ValueError(
@@ -119,6 +120,15 @@ class LSGEncoder(LSGModel):
         if (input_ids is None) == (inputs_embeds is None):
             given = "neither" if input_ids is None else "both"
             raise ValueError(f"expected exactly one of input_ids and inputs_embeds, got {given}")
+        name, shape = ("input_ids", "(batch, T)") if inputs_embeds is None else ("inputs_embeds", "(batch, T, width)")
+        tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
+        if not isinstance(tokens, Tensor):
+            raise TypeError(
+                f"{name}: expected a torch.Tensor, got {type_name(tokens)}; a tokenizer makes one of texts with "
+                "return_tensors='pt', padding=True"
+            )
+        if tokens.dim() != 2 + (inputs_embeds is not None) or tokens.shape[1] < 1:
+            raise ValueError(f"{name}: expected shape {shape} with T >= 1, got {tuple(tokens.shape)}")
 
     def check_length(self, num_tokens: int, longest: int) -> None:
         """Check that every token of a document has a position.
@@ -131,8 +141,8 @@ class LSGEncoder(LSGModel):
             offset = self.config.max_position_embeddings - longest
             limit = f"{name}={longest}" if not offset else f"{name}-{offset}={longest}"
             raise ValueError(
-                f"expected at most {limit} tokens, got {num_tokens}; truncate the document or extend the "
-                "model with lsg_attn.models.convert"
+                f"expected at most {limit} tokens, got {num_tokens}; truncate the document (truncation=True, "
+                f"max_length={longest} of the tokenizer) or extend the model with lsg_attn.models.convert"
             )
 
     def mask_or_packed(
@@ -326,7 +336,7 @@ class LSGEncoderModel(LSGEncoder):
             width), or (n, width) of packed documents, if the model has a pooler.
 
         Raises:
-            ValueError: an argument is not as above, or T is more than the model's positions.
+            TypeError, ValueError: an argument is not as above, or T is more than the model's positions.
         """
         config = self.config
         self.check_inputs(input_ids, inputs_embeds, head_mask)

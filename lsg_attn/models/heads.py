@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from ..checks import type_name
+from .weights import load_weights
 
 
 class LSGModel(PreTrainedModel):
@@ -20,6 +21,19 @@ class LSGModel(PreTrainedModel):
     def __init__(self, config: Any, **kwargs: Any) -> None:
         check_config(config, self.config_class)
         super().__init__(config, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, use_safetensors: bool | None = None, **kwargs: Any
+    ) -> Any:
+        """As in transformers, except that pickles (``pytorch_model.bin``) are read only for ``use_safetensors=False``.
+
+        Raises:
+            OSError: as in transformers, or there are no safetensors, only a pickle.
+            TypeError, ValueError: as in the configuration.
+        """
+        load = super().from_pretrained
+        return load_weights(load, pretrained_model_name_or_path, *model_args, use_safetensors=use_safetensors, **kwargs)
 
 
 class LSGHead(LSGModel):

@@ -166,7 +166,7 @@ class LSGSeq2SeqEncoder(LSGEncoder):
             global tokens to the decoder. ``hidden_states``: each (batch, G+T, d_model). ``attentions``: None.
 
         Raises:
-            ValueError: an argument is not as above, or T is more than ``config.max_position_embeddings``.
+            TypeError, ValueError: an argument is not as above, or T is more than ``config.max_position_embeddings``.
         """
         config = self.config
         self.check_inputs(input_ids, inputs_embeds, head_mask)
@@ -243,8 +243,15 @@ class LSGSeq2SeqModel(LSGModel):
         ``decoder_kwargs`` are further arguments of that ``forward``.
 
         Raises:
-            ValueError: as in the encoder, or ``attention_mask`` does not fit the encoder's states.
+            TypeError, ValueError: as in the encoder; ``attention_mask`` does not fit the encoder's states; or there are
+                more tokens for the decoder than it has positions.
         """
+        longest = self.config.max_position_embeddings
+        if decoder_input_ids is not None and decoder_input_ids.shape[-1] > longest:
+            raise ValueError(
+                f"decoder_input_ids: expected at most max_position_embeddings={longest} tokens, got "
+                f"{decoder_input_ids.shape[-1]}; truncate the labels"
+            )
         if packed := [name for name in ("cu_seq_lens_q", "cu_seq_lens_k") if decoder_kwargs.get(name) is not None]:
             raise ValueError(f"{packed[0]}: expected None, as the decoder would see all of the packed documents")
         if encoder_outputs is None:
