@@ -6,7 +6,6 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -17,7 +16,10 @@ from .demo import run_demo
 from .demo_encoder import run_encoder_demo
 from .doctor import run_doctor
 from .draw import kinds_of_keys, print_pattern, save_pattern
+from .needs import need_matplotlib, need_transformers
 from .output import make_console, progress_bar
+from .page import is_page
+from .pattern_page import save_pattern_page
 from .sizes import BART_SIZES
 
 
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options.run(options)
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        parser.exit(2, f"lsg-attn: {error}\n")
+        parser.exit(2, f"lsg-attn: {' '.join(str(error).split())}\n")  # in one line, as those of transformers are not
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +61,7 @@ def _demo(options: argparse.Namespace) -> None:
         run_demo(console, options.tokens, options.file, options.tokenizer)
         run_encoder_demo(console, options.tokens, options.file)
         return
-    _need_transformers("--model" if options.size is None else "--size")
+    need_transformers("--model" if options.size is None else "--size")
     from .demo_model import run_bart_demo
 
     run_bart_demo(make_console(), options.tokens, options.file, options.model, options.size)
@@ -113,7 +115,7 @@ def _flag(key: str) -> str:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    _need_transformers("convert")
+    need_transformers("convert")
     from ..models.checkpoint import CHECKPOINT_STEPS, convert_checkpoint
     from ..models.conversion import load_tokenizer
 
@@ -134,14 +136,6 @@ def _convert(options: argparse.Namespace) -> None:
         console.print("Global tokens after the first are untrained, and make results worse until they are trained.")
 
 
-def _need_transformers(what: str) -> None:
-    if find_spec("transformers") is None:
-        raise ModuleNotFoundError(f"{what} needs transformers: pip install 'lsg-attn[models]'")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # it would write over ours
-
-
 def _add_pattern(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=48, help="T, tokens after the globals (default: %(default)s)")
     parser.add_argument(
@@ -155,7 +149,9 @@ def _add_pattern(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsity-factor", type=int, default=4)
     parser.add_argument("--sparsity-type", nargs="+", default=["norm"], choices=SPARSITY_TYPES, metavar="TYPE")
     parser.add_argument("--num-global-tokens", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="write a PNG here, with matplotlib, instead of printing text")
+    parser.add_argument(
+        "--out", type=Path, help="write a PNG, with matplotlib, or an HTML page here, instead of printing text"
+    )
     parser.set_defaults(run=_pattern)
 
 
@@ -170,14 +166,16 @@ def _pattern(options: argparse.Namespace) -> None:
         )
         for sparsity_type in options.sparsity_type
     ]
-    kinds = [kinds_of_keys(pattern, options.tokens, options.padding, options.head) for pattern in patterns]
+    what = (options.tokens, options.padding, options.head)
+    kinds = [kinds_of_keys(pattern, *what) for pattern in patterns]
     if options.out is None:
         for pattern, matrix in zip(patterns, kinds, strict=True):
             print_pattern(make_console(), pattern, matrix)
-        return
-    if find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("--out needs matplotlib: pip install 'lsg-attn[plot]', or omit --out to print text")
-    save_pattern(options.out, patterns, kinds)
+    elif is_page(options.out):
+        save_pattern_page(options.out, patterns, *what)
+    else:
+        need_matplotlib("give --out the name of an HTML page, or omit it to print text")
+        save_pattern(options.out, patterns, kinds)
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
