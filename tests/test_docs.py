@@ -22,6 +22,7 @@ PAGES = [README, *sorted(DOCS.glob("*.md"))]
 STAND_INS = {
     "ccdv/lsg-bart-large-4096": str(CONVERTED),
     "facebook/bart-base": str(BASE),
+    "sentence-transformers/all-MiniLM-L6-v2": str(BASE),
     "--tokens 8192": "--tokens 600",
 }
 TEXT = "The quick brown fox jumps over the lazy dog, again and again. " * 60

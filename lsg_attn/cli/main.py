@@ -1,4 +1,4 @@
-"""The command lsg-attn: `lsg-attn demo`, `convert`, `pattern` and `doctor`."""
+"""The command lsg-attn: `lsg-attn demo`, `convert`, `pattern`, `attention` and `doctor`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from .. import __version__
 from ..pattern import SPARSITY_TYPES, LSGPattern
+from .attention import add_attention
 from .demo import run_demo
 from .demo_encoder import run_encoder_demo
 from .doctor import run_doctor
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_demo(commands.add_parser("demo", help="run a long document through an LSG encoder with each sparsity type"))
     _add_convert(commands.add_parser("convert", help="convert a checkpoint to an LSG model for long documents"))
     _add_pattern(commands.add_parser("pattern", help="draw which keys each query sees"))
+    add_attention(commands.add_parser("attention", help="draw what a model attends to in a document"))
     _add_doctor(commands.add_parser("doctor", help="say what is installed and which implementation runs; check it"))
     options = parser.parse_args(arguments)
     try:
