@@ -54,7 +54,7 @@ def weights_of_layer(folder, ids, layer, **keys):
     encoder = base.get_encoder() if base.config.is_encoder_decoder else base
 
     def hook(module, args, kwargs):
-        seen.append((module, args[0] if args else kwargs["hidden_states"]))
+        seen.append((module, [*args, *kwargs.values()][0]))  # its name differs
 
     for module in encoder.modules():
         if isinstance(module, LSGAttention):
