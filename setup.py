@@ -68,7 +68,7 @@ setup(
     packages=[*find_packages(include=["lsg_attn", "lsg_attn.*"]), "lsg_attn.kernels"],
     # A folder kernels/ with an __init__.py would hide Hugging Face's package of that name: see lsg_attn/kernels.py.
     package_dir={"lsg_attn": "lsg_attn", "lsg_attn.kernels": "kernels"},
-    package_data={"lsg_attn": ["py.typed", "blockwise/cpp/*"], "lsg_attn.kernels": ["README.md"]},
+    package_data={"lsg_attn": ["py.typed", "blockwise/cpp/*", "cli/pages/*"], "lsg_attn.kernels": ["README.md"]},
     install_requires=[
         "einops>=0.8",
         "rich>=13",  # for the command, which is always installed; small, pure Python, and not imported by the library

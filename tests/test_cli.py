@@ -78,6 +78,8 @@ def test_measure_reports_the_last_result_the_fastest_repetition_and_the_peak():
         (["pattern", "--block-size", "6"], "must divide block_size"),
         (["pattern", "--padding", "99"], "0 <= num_padding <= num_tokens"),
         (["pattern", "--sparsity-type", "mean"], "invalid choice: 'mean'"),
+        (["pattern", "--out", "pattern.svg"], "expected a file that ends in .png or .html, got pattern.svg"),
+        (["pattern", "--out", "no such folder/pattern.html"], "No such file"),
         (["pattern", "--no-such"], "unrecognized arguments: --no-such"),
         (["bench"], "invalid choice: 'bench'"),
     ],
@@ -87,6 +89,16 @@ def test_bad_arguments_exit_with_status_2(arguments, message, capsys):
         main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_error_of_several_lines_becomes_one(monkeypatch, capsys):
+    def fail(*_):
+        raise OSError("no such model\n  at this place")
+
+    monkeypatch.setattr("lsg_attn.cli.main.kinds_of_keys", fail)
+    with pytest.raises(SystemExit):
+        main(["pattern"])
+    assert capsys.readouterr().err == "lsg-attn: no such model at this place\n"
 
 
 def test_demo_refuses_an_empty_document(tmp_path, capsys):
@@ -111,12 +123,14 @@ def test_pattern_writes_a_png(tmp_path):
     assert out.read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_pattern_without_matplotlib_names_the_extra(tmp_path, monkeypatch, capsys):
+def test_pattern_without_matplotlib_names_the_extra_and_writes_a_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr("lsg_attn.cli.main.find_spec", lambda name: None)
+    monkeypatch.setattr("lsg_attn.cli.needs.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         main(["pattern", "--out", str(tmp_path / "pattern.png")])
     assert "pip install 'lsg-attn[plot]'" in capsys.readouterr().err
+    main(["pattern", "--out", str(tmp_path / "pattern.HTML")])
+    assert (tmp_path / "pattern.HTML").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
 @given(cases(types=("stride",)))

@@ -101,9 +101,8 @@ def metadata(installed):
 def test_wheel_works_where_the_checkout_is_not(installed):
     assert (installed / "lsg_attn/py.typed").exists()
     assert (installed / "lsg_attn/models/bart.py").exists()
-    assert len(list((installed / "lsg_attn/blockwise/cpp").iterdir())) == len(
-        list((ROOT / "lsg_attn/blockwise/cpp").iterdir())
-    )
+    for folder in ("lsg_attn/blockwise/cpp", "lsg_attn/cli/pages"):
+        assert len(list((installed / folder).iterdir())) == len(list((ROOT / folder).iterdir()))
     code = (
         f"import sys; sys.path.insert(0, {str(installed)!r})\n"
         "import torch, lsg_attn, lsg_attn.kernels, lsg_attn.fused.forward\n"

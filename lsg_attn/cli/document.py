@@ -18,9 +18,13 @@ def read_document(file: Path | None) -> Document:
 
     Raises:
         OSError: the file cannot be read.
+        ValueError: it is no UTF-8.
     """
     if file is not None:
-        return Document(str(file), file.read_text(encoding="utf-8"))
+        try:
+            return Document(str(file), file.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: expected a text in UTF-8, got {error}") from error
     from pydoc_data.topics import topics
 
     return Document("pydoc_data.topics", "\n\n".join(topics[name] for name in sorted(topics)))

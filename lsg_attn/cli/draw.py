@@ -1,4 +1,4 @@
-"""lsg-attn pattern: draws which keys each query sees, as coloured text or, with matplotlib, as a PNG."""
+"""lsg-attn pattern: which keys each query sees, drawn as coloured text or, with matplotlib, as a PNG."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from ..compression import Tokens, compress
+from ..compression import Compression, Tokens, compress
 from ..pattern import LSGPattern
 from ..reference import visible_in_slots, visible_slots, visible_tokens
 
@@ -41,16 +41,31 @@ def kinds_of_keys(pattern: LSGPattern, num_tokens: int, num_padding: int = 0, he
     Raises:
         ValueError: ``num_tokens`` or ``head`` is out of range, or ``num_padding`` is not between 0 and it.
     """
-    if num_tokens < 1 or head < 0 or not 0 <= num_padding <= num_tokens:
-        raise ValueError(
-            f"expected num_tokens >= 1, head >= 0 and 0 <= num_padding <= num_tokens, "
-            f"got num_tokens={num_tokens}, head={head}, num_padding={num_padding}"
-        )
+    compression = compressed_keys(pattern, num_tokens, num_padding, head, seed)
     first = pattern.num_global_tokens
     length = first + num_tokens
     kinds = torch.full((length, length), NOT_SEEN)
     kinds[visible_tokens(pattern, length)] = LOCAL
     kinds[:first] = kinds[:, :first] = GLOBAL
+    if compression is not None:
+        seen = visible_in_slots(visible_slots(pattern, length), compression, head)
+        kinds[:, first:][seen] = SPARSE
+    kinds[:, length - num_padding :] = PADDING
+    return kinds
+
+
+def compressed_keys(
+    pattern: LSGPattern, num_tokens: int, num_padding: int = 0, head: int = 0, seed: int = 0
+) -> Compression | None:
+    """What :func:`kinds_of_keys` shows of heads 0 to ``head``, or None where no query sees a compressed key.
+
+    The arguments and errors are the same.
+    """
+    if num_tokens < 1 or head < 0 or not 0 <= num_padding <= num_tokens:
+        raise ValueError(
+            f"expected num_tokens >= 1, head >= 0 and 0 <= num_padding <= num_tokens, "
+            f"got num_tokens={num_tokens}, head={head}, num_padding={num_padding}"
+        )
     if pattern.rule.varies_by_head and head >= pattern.sparsity_factor:
         raise ValueError(
             f"head: expected less than sparsity_factor={pattern.sparsity_factor}, as later heads of "
@@ -58,12 +73,7 @@ def kinds_of_keys(pattern: LSGPattern, num_tokens: int, num_padding: int = 0, he
         )
     query, key = torch.randn(2, 1, head + 1, num_tokens, 16, generator=torch.Generator().manual_seed(seed))
     keep = torch.arange(num_tokens)[None] < num_tokens - num_padding
-    compression = compress(pattern, Tokens(query, key, keep, 0.25))
-    if compression is not None:
-        seen = visible_in_slots(visible_slots(pattern, length), compression, head)
-        kinds[:, first:][seen] = SPARSE
-    kinds[:, length - num_padding :] = PADDING
-    return kinds
+    return compress(pattern, Tokens(query, key, keep, 0.25))
 
 
 def print_pattern(console: Console, pattern: LSGPattern, kinds: Tensor) -> None:
@@ -107,7 +117,12 @@ def save_pattern(path: Path, patterns: Sequence[LSGPattern], kinds: Sequence[Ten
 
 def title(pattern: LSGPattern) -> str:
     """The pattern's parameters in one line."""
+    return f"{pattern.sparsity_type}: {sizes(pattern)}"
+
+
+def sizes(pattern: LSGPattern) -> str:
+    """The pattern's parameters without the type."""
     return (
-        f"{pattern.sparsity_type}: B={pattern.block_size}, s={pattern.sparse_block_size}, "
-        f"f={pattern.sparsity_factor}, G={pattern.num_global_tokens}"
+        f"B={pattern.block_size}, s={pattern.sparse_block_size}, f={pattern.sparsity_factor}, "
+        f"G={pattern.num_global_tokens}"
     )

@@ -1,4 +1,4 @@
-"""The command lsg-attn: `lsg-attn demo`, `convert`, `pattern` and `doctor`."""
+"""The command lsg-attn: `lsg-attn demo`, `convert`, `pattern`, `attention` and `doctor`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from .. import __version__
 from ..pattern import SPARSITY_TYPES, LSGPattern
+from .attention import add_attention
 from .demo import run_demo
 from .demo_encoder import run_encoder_demo
 from .doctor import run_doctor
 from .draw import kinds_of_keys, print_pattern, save_pattern
+from .needs import need_matplotlib, need_transformers
 from .output import make_console, progress_bar
+from .page import is_page
+from .pattern_page import save_pattern_page
 from .sizes import BART_SIZES
 
 
@@ -29,12 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_demo(commands.add_parser("demo", help="run a long document through an LSG encoder with each sparsity type"))
     _add_convert(commands.add_parser("convert", help="convert a checkpoint to an LSG model for long documents"))
     _add_pattern(commands.add_parser("pattern", help="draw which keys each query sees"))
+    add_attention(commands.add_parser("attention", help="draw what a model attends to in a document"))
     _add_doctor(commands.add_parser("doctor", help="say what is installed and which implementation runs; check it"))
     options = parser.parse_args(arguments)
     try:
         options.run(options)
     except (OSError, ValueError, ModuleNotFoundError) as error:
-        parser.exit(2, f"lsg-attn: {error}\n")
+        parser.exit(2, f"lsg-attn: {' '.join(str(error).split())}\n")  # in one line, as those of transformers are not
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +63,7 @@ def _demo(options: argparse.Namespace) -> None:
         run_demo(console, options.tokens, options.file, options.tokenizer)
         run_encoder_demo(console, options.tokens, options.file)
         return
-    _need_transformers("--model" if options.size is None else "--size")
+    need_transformers("--model" if options.size is None else "--size")
     from .demo_model import run_bart_demo
 
     run_bart_demo(make_console(), options.tokens, options.file, options.model, options.size)
@@ -119,7 +123,7 @@ def _flag(key: str) -> str:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    _need_transformers("convert")
+    need_transformers("convert")
     from ..models.checkpoint import CHECKPOINT_STEPS, convert_checkpoint
     from ..models.conversion import load_tokenizer
 
@@ -140,14 +144,6 @@ def _convert(options: argparse.Namespace) -> None:
         console.print("Global tokens after the first are untrained, and make results worse until they are trained.")
 
 
-def _need_transformers(what: str) -> None:
-    if find_spec("transformers") is None:
-        raise ModuleNotFoundError(f"{what} needs transformers: pip install 'lsg-attn[models]'")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # it would write over ours
-
-
 def _add_pattern(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=48, help="T, tokens after the globals (default: %(default)s)")
     parser.add_argument(
@@ -161,7 +157,9 @@ def _add_pattern(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sparsity-factor", type=int, default=4)
     parser.add_argument("--sparsity-type", nargs="+", default=["norm"], choices=SPARSITY_TYPES, metavar="TYPE")
     parser.add_argument("--num-global-tokens", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="write a PNG here, with matplotlib, instead of printing text")
+    parser.add_argument(
+        "--out", type=Path, help="write a PNG, with matplotlib, or an HTML page here, instead of printing text"
+    )
     parser.set_defaults(run=_pattern)
 
 
@@ -176,14 +174,16 @@ def _pattern(options: argparse.Namespace) -> None:
         )
         for sparsity_type in options.sparsity_type
     ]
-    kinds = [kinds_of_keys(pattern, options.tokens, options.padding, options.head) for pattern in patterns]
+    what = (options.tokens, options.padding, options.head)
+    kinds = [kinds_of_keys(pattern, *what) for pattern in patterns]
     if options.out is None:
         for pattern, matrix in zip(patterns, kinds, strict=True):
             print_pattern(make_console(), pattern, matrix)
-        return
-    if find_spec("matplotlib") is None:
-        raise ModuleNotFoundError("--out needs matplotlib: pip install 'lsg-attn[plot]', or omit --out to print text")
-    save_pattern(options.out, patterns, kinds)
+    elif is_page(options.out):
+        save_pattern_page(options.out, patterns, *what)
+    else:
+        need_matplotlib("give --out the name of an HTML page, or omit it to print text")
+        save_pattern(options.out, patterns, kinds)
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
