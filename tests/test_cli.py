@@ -1,8 +1,9 @@
 """The command line: the demo and what it measures, the drawn pattern, bad arguments."""
 
 import sys
-import time
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given
 from strategies import cases
 
 import lsg_attn.cli.doctor
+import lsg_attn.cli.measure
 from lsg_attn import SPARSITY_TYPES, LSGPattern
 from lsg_attn.cli.draw import GLOBAL, LOCAL, NOT_SEEN, PADDING, SPARSE, kinds_of_keys
 from lsg_attn.cli.main import main
@@ -22,7 +24,8 @@ def test_demo_prints_a_row_for_each_type(capsys, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         main(["demo", "--file", str(document), "--tokens", "520"])
-    lines = capsys.readouterr().out.splitlines()
+    out, following = capsys.readouterr().out.split("Where to go next:\n")
+    lines = out.splitlines()
     rows = {cells[1].strip(): cells for line in lines if len(cells := line.split("│")) == 8}
     assert set(rows) == set(SPARSITY_TYPES)
     for cells in rows.values():
@@ -31,6 +34,15 @@ def test_demo_prints_a_row_for_each_type(capsys, tmp_path):
         assert 0 < float(error) < 1e-5
         assert float(seconds) > 0
         assert float(speed.rstrip("x")) > 0
+
+
+    *commands, page = (line.strip().split("  ")[0] for line in following.splitlines())
+    assert (Path(__file__).parents[1] / page).exists()
+    assert len(commands) == 3
+    for program, command, *_ in (line.split() for line in commands):
+        assert program == "lsg-attn"
+        with pytest.raises(SystemExit, match="0"):
+            main([command, "--help"])
 
 
 def test_doctor_says_what_runs_and_finds_what_is_wrong(capsys, monkeypatch):
@@ -56,17 +68,13 @@ def test_doctor_says_what_runs_and_finds_what_is_wrong(capsys, monkeypatch):
         assert message in capsys.readouterr().err
 
 
-def test_measure_reports_the_last_result_the_fastest_repetition_and_the_peak():
-    delays = iter([0.2, 0.01, 0.2])
-
-    def call():
-        delay = next(delays)
-        time.sleep(delay)
-        return delay, torch.ones(25_000_000).sum().item()
-
-    measured = measure(call, repetitions=3)
-    assert measured.result == (0.2, 25_000_000)
-    assert 0.01 <= measured.seconds < 0.2
+def test_measure_reports_the_last_result_the_fastest_repetition_and_the_peak(monkeypatch):
+    clock = iter([0.0, 3.0, 10.0, 11.0, 20.0, 22.0])
+    monkeypatch.setattr(lsg_attn.cli.measure, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    numbers = iter(range(3))
+    measured = measure(lambda: (next(numbers), torch.ones(25_000_000).sum().item()), repetitions=3)
+    assert measured.result == (2, 25_000_000)
+    assert measured.seconds == 1.0
     assert measured.peak is None or 90e6 < measured.peak.growth < 160e6
 
 

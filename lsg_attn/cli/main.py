@@ -24,6 +24,14 @@ from .pattern_page import save_pattern_page
 from .sizes import BART_SIZES
 
 
+_NEXT = """
+Where to go next:
+  lsg-attn doctor                      which implementation runs on this machine, and why
+  lsg-attn pattern --out pattern.html  a page that shows which keys each query sees
+  lsg-attn demo --file FILE            the same with a document of yours
+  docs/index.md                        tutorials: load a checkpoint, convert an encoder, use the layer"""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command with ``arguments``, by default those of the process; bad ones exit with status 2."""
     parser = argparse.ArgumentParser(prog="lsg-attn", description="Local + Sparse + Global attention.")
@@ -62,6 +70,7 @@ def _demo(options: argparse.Namespace) -> None:
         console = make_console()
         run_demo(console, options.tokens, options.file, options.tokenizer)
         run_encoder_demo(console, options.tokens, options.file)
+        console.print(_NEXT, markup=False, highlight=False)
         return
     need_transformers("--model" if options.size is None else "--size")
     from .demo_model import run_bart_demo
