@@ -35,7 +35,6 @@ def test_demo_prints_a_row_for_each_type(capsys, tmp_path):
         assert float(seconds) > 0
         assert float(speed.rstrip("x")) > 0
 
-
     *commands, page = (line.strip().split("  ")[0] for line in following.splitlines())
     assert (Path(__file__).parents[1] / page).exists()
     assert len(commands) == 3

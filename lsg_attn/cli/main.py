@@ -23,7 +23,6 @@ from .page import is_page
 from .pattern_page import save_pattern_page
 from .sizes import BART_SIZES
 
-
 _NEXT = """
 Where to go next:
   lsg-attn doctor                      which implementation runs on this machine, and why
