@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 OLD_TRANSFORMERS := 4.44.2 4.57.6
 # besides the one that constraints.txt pins: that of torch 2.11
 OLD_TRITON := 3.6.0
-# besides the one of .venv: 3.11, for which constraints.txt is written; the gate and a release take the first and the last
+# besides the one of .venv: 3.11, for which constraints.txt is written
 OLDEST_PYTHON := 3.10
 OTHER_PYTHONS := 3.12
 NEWEST_PYTHON := 3.13
@@ -66,7 +66,8 @@ define test-installed
 	grep -v '^triton==' constraints.txt > $(VENV)-$@/constraints.txt
 	$(VENV)-$@/bin/python -m pip install --quiet --constraint $(VENV)-$@/constraints.txt $(1) numpy pytest
 	cp release/check_installed.py tests/test_smoke.py $(VENV)-$@
-	cd $(VENV)-$@ && bin/python check_installed.py && bin/python -m pytest -c $(CURDIR)/pyproject.toml -o pythonpath= test_smoke.py
+	cd $(VENV)-$@ && bin/python check_installed.py
+	cd $(VENV)-$@ && OMP_NUM_THREADS=1 bin/python -m pytest -c $(CURDIR)/pyproject.toml -o pythonpath= test_smoke.py
 	rm -rf $(VENV)-$@
 endef
 
@@ -77,7 +78,7 @@ PYENV_VERSIONS = $(shell pyenv versions --bare 2> /dev/null | grep -E '^3\.[0-9]
 # The sdist and the wheel made from it, in dist.
 dist: $(VENV)-release/ready
 	rm -rf dist lsg_attn.egg-info
-	$(VENV)-release/bin/python -m build
+	$(VENV)-release/bin/python -m build --quiet
 	$(VENV)-release/bin/twine check --strict dist/*
 
 # What is to be uploaded, in dist, checked; the wheel tried with the oldest Python and the sdist with the newest, or each
