@@ -123,7 +123,7 @@ docs: $(VENV)-docs/ready
 # The folder for the kernels hub, in build/hub, and its tests.
 hub: $(VENV)/hub/ready
 	$(BIN)/python release/make_hub.py build/hub
-	PYTHONPATH=$(abspath $(VENV)/hub) OMP_NUM_THREADS=1 $(BIN)/python -m pytest release/test_hub.py
+	PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$(abspath $(VENV)/hub) OMP_NUM_THREADS=1 $(BIN)/python -m pytest release/test_hub.py
 
 # Against its peers, on a GPU if there is one; BENCH="--quick" and the like for other runs.
 bench: $(VENV)/ready

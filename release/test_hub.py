@@ -1,6 +1,6 @@
 """The folder that make_hub.py builds, as Hugging Face's kernels loads it: ``make hub`` builds it and runs these tests.
 
-That package is on PYTHONPATH, which the processes started here inherit; they run where no checkout is.
+That package is on PYTHONPATH, which the processes started here inherit. They run where no checkout is.
 """
 
 import json
@@ -49,9 +49,7 @@ def test_other_imports_are_refused(tmp_path, line):
     found = set(make_hub.imports("call.py", path, {"", "pattern", "fused", "fused.forward"}))
     assert found == {"", "pattern", "fused", "fused.forward"}
     path.write_text(f"{fine}def f():\n    {line}\n")
-    with pytest.raises(
-        ValueError, match=r"call\.py:7: expected a relative import or one of the standard library, einops,"
-    ):
+    with pytest.raises(ValueError, match=r"call\.py:7: expected a relative import or one of the standard library, ein"):
         list(make_hub.imports("call.py", path, {""}))
 
 
