@@ -79,7 +79,6 @@ setup(
         "models": [*MODELS, "transformers>=4.57.6,!=5.0.0"],
         "plot": [MATPLOTLIB],
         "triton": [TRITON],
-        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "bench": ["lsg-converter==0.1.9", MATPLOTLIB, "numpy>=1.24", TRANSFORMERS],
         "dev": [
             "accelerate>=0.33",

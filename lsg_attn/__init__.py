@@ -18,4 +18,4 @@ __all__ = [
     "lsg_attention_varlen",
     "with_global_positions",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

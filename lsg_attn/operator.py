@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._ops import add_op_namespace_prefix, ops
 from .blockwise.attention import blockwise_backward, blockwise_forward
 from .call import Call, Section
 from .checks import refuse_second_derivative
@@ -29,7 +30,7 @@ _BACKWARD_SCHEMA = f"(Tensor dout, Tensor? dlse, Tensor[] results, {_INPUTS}, {_
 
 def operator_attention(call: Call) -> tuple[Tensor, Tensor]:
     """The output and the log-sum-exp by the operator: by the kernels on a GPU, block-wise on a CPU."""
-    out, lse, *_ = torch.ops.lsg_attn.attention(*_arguments(call))
+    out, lse, *_ = ops.attention(*_arguments(call))
     return out, lse
 
 
@@ -152,17 +153,17 @@ def _differentiate(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     if dout is None and dlse is None:
         return None, None, None, *none
     dout = torch.zeros_like(results[0]) if dout is None else dout
-    dquery, dkey, dvalue = torch.ops.lsg_attn.attention_backward(
+    dquery, dkey, dvalue = ops.attention_backward(
         dout, dlse, results, query, key, value, attention_mask, seed, projections, cu_seqlens, *ctx.options
     )
     return dquery, dkey, dvalue, *none
 
 
-_operator = torch.library.custom_op("lsg_attn::attention", _attention, mutates_args=(), schema=_SCHEMA)
+_operator = torch.library.custom_op(add_op_namespace_prefix("attention"), _attention, mutates_args=(), schema=_SCHEMA)
 _operator.register_fake(_attention_fake)
 _operator.register_autograd(_differentiate, setup_context=_save)
 _backward_operator = torch.library.custom_op(
-    "lsg_attn::attention_backward", _attention_backward, mutates_args=(), schema=_BACKWARD_SCHEMA
+    add_op_namespace_prefix("attention_backward"), _attention_backward, mutates_args=(), schema=_BACKWARD_SCHEMA
 )
 _backward_operator.register_fake(_attention_backward_fake)
 _backward_operator.register_autograd(lambda ctx, *grads: refuse_second_derivative())

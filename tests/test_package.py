@@ -14,6 +14,8 @@ import pytest
 from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
 
+import lsg_attn
+
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path.relative_to(ROOT) for top in ("lsg_attn", "kernels") for path in (ROOT / top).rglob("*.py"))
 
@@ -71,6 +73,16 @@ def test_kernels_folder_does_not_pose_as_hugging_faces_package():
     available, path = run(code, ROOT).split(" ", 1)
     assert available == "False"
     assert Path(path) == ROOT / "kernels"
+
+
+def test_version_and_date_are_those_of_the_changelog():
+    """Its newest heading is that of the version, in the form of Keep a Changelog."""
+    headings = re.findall(r"^## .*", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    version, date = re.fullmatch(r"## \[(\d+\.\d+\.\d+)\] - (\d{4}-\d{2}-\d{2})", headings[0]).groups()
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert lsg_attn.__version__ == version
+    assert f"\nversion: {version}\n" in citation
+    assert f'\ndate-released: "{date}"\n' in citation
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def compress(call: Call) -> Compression | None:
         key = tokens.key[entry]
         if key.stride(-1) != 1 or key.dtype == torch.float16:
             key = key.to(tokens.dtype).contiguous()
-        torch.ops.lsg_attn_cpp.hash_slots(
+        library.operators().hash_slots(
             key, None if keep.all() else keep.contiguous(), directions, call.pattern.lsh_buckets, call.pattern.chunk,
             slot[entry],
         )  # fmt: skip
@@ -47,12 +47,12 @@ def forward(call: Call, compression: Compression | None, threads: int) -> tuple[
     batch, heads, length, head_dim = call.query.shape
     # (batch, length, heads, head_dim) in memory, as an output projection wants it
     out = call.query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
-    torch.ops.lsg_attn_cpp.advise_huge_pages(out)
+    library.operators().advise_huge_pages(out)
     lse = call.query.new_empty(batch, heads, length, dtype=torch.float32)
     sweep = _Sweep(call, compression, threads)
     for part in sweep.parts():
         with _written(sweep, "out", part.of(out)) as rows:
-            torch.ops.lsg_attn_cpp.forward(*_inputs(sweep, part), rows, part.of(lse))
+            library.operators().forward(*_inputs(sweep, part), rows, part.of(lse))
     return out, lse
 
 
@@ -65,7 +65,7 @@ def backward(
     """
     dquery, dkey, dvalue = (torch.empty_like(x) for x in (call.query, call.key, call.value))
     for x in (dquery, dkey, dvalue):
-        torch.ops.lsg_attn_cpp.advise_huge_pages(x)
+        library.operators().advise_huge_pages(x)
     sweep = _Sweep(call, compression, threads)
     for part in sweep.parts():
         heads = part.query.shape[0]
@@ -74,7 +74,7 @@ def backward(
         dlse_rows = None if dlse is None else part.of(dlse).contiguous()
         dout_rows = _rows(sweep, "dout", part.of(dout))
         with _written(sweep, "dquery", part.of(dquery)) as rows:
-            torch.ops.lsg_attn_cpp.backward(
+            library.operators().backward(
                 *_inputs(sweep, part), part.of(lse), dout_rows, dlse_rows, rows, drows["sequence"], drows.get("slots")
             )
         sweep.clear(part.of(dquery))
@@ -97,7 +97,7 @@ class _Sweep(Sweep):
         if x.dtype == torch.float16 or x.stride(-1) != 1:
             super().sum_slots(x, compression, out)
         else:
-            torch.ops.lsg_attn_cpp.sum_slots(x, compression.slot, compression.weight, out)
+            library.operators().sum_slots(x, compression.slot, compression.weight, out)
 
 
 def _inputs(sweep: _Sweep, part: Part) -> tuple[Tensor | float | int | None, ...]:

@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,7 +38,13 @@ def missing_reason() -> str | None:
 @functools.cache
 def has_bfloat16_products() -> bool:
     """Whether the loaded library multiplies bfloat16 as it is; else it computes in float32."""
-    return bool(torch.ops.lsg_attn_cpp.has_bfloat16_products())
+    return bool(operators().has_bfloat16_products())
+
+
+@functools.cache
+def operators() -> Any:
+    """The loaded library's operators, in a namespace of its own: a process may hold two versions of it."""
+    return getattr(torch.ops, _namespace())
 
 
 @functools.cache
@@ -75,10 +82,8 @@ def _compiler() -> str | None:
 
 def _build() -> Path:
     """Compile unless it was done before; several processes may do so at once."""
-    sources = sorted(_FOLDER.iterdir())
-    parts = [torch.__version__, *_FLAGS, *(path.read_text(encoding="utf-8") for path in sources)]
-    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    target = _cache() / f"lsg_attn_{digest}" / "lsg_attn_cpp.so"
+    namespace = _namespace()
+    target = _cache() / namespace / "lsg_attn_cpp.so"
     if target.exists():
         return target
     _log.warning("compiling C++ for attention on this CPU, once, in about 10 s; %s=0 does without", VARIABLE)
@@ -86,13 +91,20 @@ def _build() -> Path:
     root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         built = Path(folder) / target.name
-        command = [str(_compiler()), *_FLAGS, "-shared", str(_FOLDER / "operators.cpp"), "-o", str(built)]
-        command += ["-isystem", str(root / "include"), "-Wl,--as-needed"]
+        command = [str(_compiler()), *_FLAGS, f"-DLSG_NAMESPACE={namespace}", "-shared", "-Wl,--as-needed"]
+        command += [str(_FOLDER / "operators.cpp"), "-o", str(built), "-isystem", str(root / "include")]
         # PyTorch's own OpenMP, under whatever name: a second one would have a second set of threads.
         command += [*map(str, root.glob("lib/libgomp*.so*")), f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu"]
         subprocess.run(command, check=True, capture_output=True, text=True)
         built.replace(target)
     return target
+
+
+def _namespace() -> str:
+    """A name for the operators that another version of the sources, of PyTorch or of the flags does not have."""
+    sources = (path.read_text(encoding="utf-8") for path in sorted(_FOLDER.iterdir()))
+    digest = hashlib.sha256("\0".join([torch.__version__, *_FLAGS, *sources]).encode()).hexdigest()
+    return f"lsg_attn_cpp_{digest[:16]}"
 
 
 def _cache() -> Path:

@@ -130,7 +130,10 @@ void sum_slots(const Tensor& x, const Tensor& slot, const Tensor& weight, Tensor
 }  // namespace
 }  // namespace lsg
 
-TORCH_LIBRARY(lsg_attn_cpp, m) {
+// TORCH_LIBRARY takes the name as it is written; as an argument of another macro, LSG_NAMESPACE is written out first.
+#define LSG_LIBRARY(name, m) TORCH_LIBRARY(name, m)
+
+LSG_LIBRARY(LSG_NAMESPACE, m) {
   const std::string inputs =
       "Tensor query, Tensor key, Tensor value, Tensor? slots, Tensor? keep, Tensor? slot_keep, Tensor blocks, "
       "Tensor segments, float scale, int causal_from";
