@@ -1,4 +1,4 @@
-"""python -m bench.plot: draws a run's file: time and memory against length, and bars of ratios."""
+"""python -m bench.plot: draws a run's file: time and memory against length, bars of ratios, and a small picture."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from bench.flops import BOUNDS, LARGE, PRODUCTS_ALONE
 from bench.record import Run, read
 
 _COLORS = {**peers.COLORS, PRODUCTS_ALONE: "#7f7f7f", LARGE: "#bcbcbc"}
+_LINE = 19.0  # pixels from one name at the end of a line to the next
 Figure = dict[str, Any]
 
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def plot(path: Path, folder: Path) -> list[Path]:
-    """Draw a run's file to ``NAME-time.png``, ``NAME-memory.png`` and ``NAME-ratios.png``, if it has the figures.
+    """Draw a run's file to ``NAME-time.png``, and with ``memory``, ``ratios`` and ``small``, if it has the figures.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -40,6 +41,7 @@ def plot(path: Path, folder: Path) -> list[Path]:
         "time": _against_length(run, "time, ms", lambda figure: figure["ms"][0], note),
         "memory": _against_length(run, "peak memory of the call, MiB", _mebibytes, note),
         "ratios": _ratios(run, note),
+        "small": _small(run, where),
     }
     pictures = []
     for name, figure in drawn.items():
@@ -47,6 +49,41 @@ def plot(path: Path, folder: Path) -> list[Path]:
             pictures.append(folder / f"{path.stem}-{name}.png")
             figure.savefig(pictures[-1], dpi=110)
     return pictures
+
+
+def _small(run: Run, where: str) -> Any:
+    """The times of the first section with several lengths, to be read at 400 pixels: few lines, named at their ends."""
+    from matplotlib.figure import Figure as Canvas
+
+    panels = _panels(run, lambda figure: figure["ms"][0])
+    if not panels:
+        return None
+    title, lines = next(iter(panels.items()))
+    canvas = Canvas(figsize=(5.6, 4.2), layout="constrained")
+    axis = canvas.subplots()
+    ends = {}
+    for peer, line in lines.items():
+        if peer not in BOUNDS and len(line) > 2:
+            xs, ys = zip(*sorted(line), strict=True)
+            axis.plot(xs, ys, marker="o", color=_COLORS[peer], linewidth=3 if peer in OURS else 1.8)
+            ends[peer] = (xs[-1], ys[-1])
+    ticks = _lengths(lines)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(ticks, [f"{x // 1024}k" if x >= 1024 else str(x) for x in ticks], fontsize=11)
+    axis.tick_params(axis="y", labelsize=11)
+    axis.set_xlabel("tokens", fontsize=12)
+    axis.set_ylabel(f"ms, {title}", fontsize=12)
+    axis.grid(alpha=0.3)
+    canvas.draw_without_rendering()  # from here on the layout, and with it the scale of pixels, is known
+    top = 0.0  # of the names below, in pixels
+    for peer, end in sorted(ends.items(), key=lambda item: item[1][1]):
+        y = axis.transData.transform(end)[1]
+        top = max(y, top + _LINE)
+        axis.annotate(peers.LABELS[peer], end, (8, (top - y) * 72 / canvas.dpi), textcoords="offset points",
+                      va="center", color=_COLORS[peer], fontsize=11, annotation_clip=False)  # fmt: skip
+    canvas.supxlabel(where, fontsize=9, color="#555555")
+    return canvas
 
 
 def _mebibytes(figure: Figure) -> float | None:
@@ -58,13 +95,7 @@ def _against_length(run: Run, label: str, value: Callable[[Figure], float | None
     """A panel for each section with several lengths, and in it a line for each peer."""
     from matplotlib.figure import Figure as Canvas
 
-    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for figure in run.figures:
-        y = value(figure)
-        if y and figure["compares"] == "peers":
-            lines = panels.setdefault(figure["section"], {})
-            lines.setdefault(figure["peer"], []).append((figure["case"].tokens, y))
-    panels = {title: lines for title, lines in panels.items() if len(_lengths(lines)) > 1}
+    panels = _panels(run, value)
     if not panels:
         return None
     canvas = Canvas(figsize=(4.6 * len(panels), 4.6), layout="constrained")
@@ -84,6 +115,17 @@ def _against_length(run: Run, label: str, value: Callable[[Figure], float | None
     _legend(canvas, axes)
     canvas.supxlabel(note, fontsize=8, color="#555555")
     return canvas
+
+
+def _panels(run: Run, value: Callable[[Figure], float | None]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """The points (length, value) of each peer in each section with several lengths."""
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for figure in run.figures:
+        y = value(figure)
+        if y and figure["compares"] == "peers":
+            lines = panels.setdefault(figure["section"], {})
+            lines.setdefault(figure["peer"], []).append((figure["case"].tokens, y))
+    return {title: lines for title, lines in panels.items() if len(_lengths(lines)) > 1}
 
 
 def _lengths(lines: dict[str, list[tuple[int, float]]]) -> list[int]:
