@@ -22,16 +22,16 @@ LAST_STAGES := 90 80
 demo: $(VENV)/ready
 	$(BIN)/lsg-attn demo
 
-# The kernels run on one core: in Python, statement by statement.
+# Each part has a core to itself.
 test: lint
 	$(MAKE) --jobs 2 --output-sync=target test-kernels test-cpu test-models
 
 test-cpu: $(VENV)/ready
-	$(BIN)/python -m pytest --ignore tests/models --ignore tests/bart
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --ignore tests/models --ignore tests/bart
 	$(BIN)/python -m bench.static --subset quick --target sm_90
 
 test-models: $(VENV)/ready
-	$(BIN)/python -m pytest tests/models tests/bart
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models tests/bart
 
 test-kernels: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m ttsem.sanitize pytest tests/kernels

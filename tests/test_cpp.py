@@ -19,7 +19,17 @@ from lsg_attn.testing import TOLERANCES, Inputs, make_inputs, relative_rms, run_
 
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 needs_library = pytest.mark.skipif(library.missing_reason() is not None, reason=str(library.missing_reason()))
+
+
+@pytest.fixture(autouse=True)
+def _several_threads():
+    """Also where the suite runs with one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
 
 
 def check(inputs, pattern, **options):
