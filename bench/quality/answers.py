@@ -1,0 +1,136 @@
+"""The answers of docs/quality.md: which type, which sizes, which global tokens, and whether it is worth it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bench.quality import cells
+from bench.quality.figures import LATE, TITLE, Figures, difference, recall_at, reciprocal
+from bench.quality.retrieval import FIRST_PIECE, PIECES
+from bench.quality.settings import BLOCKS, DENSE, FACTORS, TYPES, Setting, grid, settings
+
+MEASURES = {"recall@1": recall_at(1), "recall@5": recall_at(5), "MRR": reciprocal}
+TASKS = {TITLE: "title", LATE: "late sentence"}
+_KEPT, _COST = ("kept", "or averaged"), ("speed", "MiB")
+_MASKED = Setting(TYPES[0], BLOCKS[0], FACTORS[0])  # the default type and sizes
+_DEFAULT = Setting(TYPES[0], BLOCKS[0], FACTORS[0], mask_first_token=False)  # what convert makes unless told otherwise
+
+
+def types(figures: Figures) -> list[str]:
+    """Means over block sizes and factors, and which types can be told apart."""
+    groups = {name: [x.label for x in grid() if x.sparsity_type == name] for name in (*TYPES, "none")}
+    scores = {name: figures.mean_score(labels) for name, labels in groups.items()}
+    order = sorted(groups, key=lambda name: -scores[name][0])
+    rows = {}
+    for name in order:
+        cosines = [x.value for x in map(figures.cosine, groups[name]) if x is not None]
+        rows[f"`{name}`"] = [
+            cells.figure(scores[name]),
+            cells.against(scores[name], scores[TYPES[0]]) if name != TYPES[0] else "",
+            f"{np.mean(cosines):.3f}",
+            *cells.kept(figures, groups[name]),
+            *cells.cost(figures, groups[name]),
+        ]
+    gaps = {name: difference(scores[order[0]], scores[name]) for name in order[1:]}
+    alike = [f"`{name}`" for name, gap in gaps.items() if not gap.is_different]
+    worse = [f"`{name}`, by {cells.signed(gap)}" for name, gap in gaps.items() if gap.is_different]
+    answer = f"**`{order[0]}` has the highest score, {cells.figure(scores[order[0]])}.**"
+    answer += f" These documents do not tell it apart from {cells.listed(alike)}." if alike else ""
+    answer += f" It is better than {'; '.join(worse)}." if worse else ""
+    return [
+        "## Which sparsity type?",
+        "",
+        answer,
+        "",
+        f"Each row is the mean over block sizes {cells.listed(sorted(BLOCKS))} and factors {cells.listed(FACTORS)}, "
+        "with one global token and `mask_first_token=True`.",
+        "",
+        *cells.table(["type", "score", f"against `{TYPES[0]}`", "cosine", *_KEPT, *_COST], rows),
+    ]
+
+
+def sizes(figures: Figures) -> list[str]:
+    """Block sizes and factors: means over everything else."""
+    sparse = [setting for setting in grid() if setting.sparsity_factor]
+    by_block = {block: [x.label for x in sparse if x.block_size == block] for block in sorted(BLOCKS)}
+    by_factor = {factor: [x.label for x in sparse if x.sparsity_factor == factor] for factor in FACTORS}
+    rows = {}
+    for what, groups, default in (("B", by_block, BLOCKS[0]), ("f", by_factor, FACTORS[0])):
+        base = figures.mean_score(groups[default])
+        for size, labels in groups.items():
+            score = figures.mean_score(labels)
+            gap = cells.against(score, base) if size != default else "the default"
+            shares = [*cells.kept(figures, labels), *cells.cost(figures, labels)]
+            rows[f"{what} = {size}"] = [cells.figure(score), gap, *shares]
+    return [
+        "## Which block size and factor?",
+        "",
+        "Means over the six types, and over the factors or block sizes. s is B.",
+        "",
+        *cells.table(["", "score", "against the default", *_KEPT, *_COST], rows),
+    ]
+
+
+def first_tokens(figures: Figures) -> list[str]:
+    """What becomes of the first token, and more global tokens."""
+    masked = [Setting(name, BLOCKS[0], FACTORS[0]).label for name in TYPES]
+    kept = [Setting(name, BLOCKS[0], FACTORS[0], mask_first_token=False).label for name in TYPES]
+    gap = difference(figures.mean_score(masked), figures.mean_score(kept))
+    verdict = (
+        ("better" if gap.value > 0 else "worse") if gap.is_different else "neither better nor worse, as far as seen,"
+    )
+    rows = {}
+    trained = [label for label in figures.labels if label.endswith("trained")]
+    more = [setting.label for setting in settings() if setting.num_global_tokens > 1]
+    for label in (_MASKED.label, _DEFAULT.label, *more, *trained):
+        score = figures.score(label)
+        cosines = (figures.cosine(label, key) for key in ("cosine_128", "cosine_512", "cosine"))
+        base = cells.against(score, figures.score(_MASKED.label)) if label != _MASKED.label else ""
+        rows[label] = [*map(cells.cosine, cosines), cells.figure(score), base]
+    return [
+        "## Which global tokens?",
+        "",
+        f"With `mask_first_token=True`, retrieval is {verdict} than with the default: {cells.signed(gap)}, the mean "
+        "over the six types. By default CLS is there twice, as a token and as a global token (\"first token kept\").",
+        "",
+        *cells.table(["", "cosine, 128 tokens", "512 tokens", "long", "score", f"against {_MASKED.label}"], rows),
+    ]  # fmt: skip
+
+
+def against_plain(figures: Figures) -> list[str]:
+    """The best conversion and the default beside what the plain model reaches."""
+    labels = [setting.label for setting in grid()]
+    scores = np.stack([figures.score(label) for label in labels])
+    first = int(scores[:, 0].argmax())
+    wins = float((scores[:, 1:].argmax(0) == first).mean())
+    alike = sum(not difference(scores[first], row).is_different for i, row in enumerate(scores) if i != first)
+    rows = {}
+    for label in dict.fromkeys((PIECES, FIRST_PIECE, DENSE.label, _DEFAULT.label, _MASKED.label, labels[first])):
+        score = figures.score(label)
+        rows[label] = [
+            *retrieval(figures, label),
+            cells.figure(score),
+            cells.against(score, figures.score(PIECES)) if label != PIECES else "",
+            *cells.cost(figures, [label]),
+        ]
+    every = figures.mean_score(labels)
+    return [
+        "## Is it worth it?",
+        "",
+        f"The mean score of all {len(labels)} conversions is {cells.figure(every)}. Against the plain model that reads "
+        f"a document in pieces, that is {cells.against(every, figures.score(PIECES))}; against the plain model that "
+        f"reads the first 512 tokens, {cells.against(every, figures.score(FIRST_PIECE))}.",
+        "",
+        *cells.table(["", *RETRIEVAL, "score", "against pieces", *_COST], rows),
+        f"`{labels[first]}` has the highest score of a single conversion, in part by luck: it is first in "
+        f"{100 * wins:.0f} % of the resamples, and {alike} of {len(labels) - 1} others cannot be told apart from it.",
+        "",
+    ]  # fmt: skip
+
+
+RETRIEVAL = [f"{task}: {name}" for task in TASKS.values() for name in MEASURES]
+
+
+def retrieval(figures: Figures, label: str) -> list[str]:
+    """The cells of ``RETRIEVAL``."""
+    return [cells.figure(figures.task(label, task, measure)) for task in TASKS for measure in MEASURES.values()]
