@@ -59,7 +59,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.quality", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="the parts to measure (default: all)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="of the results; rows that are there are kept")
-    parser.add_argument("--documents", type=int, default=64, help="of each source at most (default: %(default)s)")
+    parser.add_argument("--documents", type=int, default=40, help="of each source at most (default: %(default)s)")
     parser.add_argument("--settings", nargs="+", metavar="LABEL", help="only these conversions, by their rows' names")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share out the rows (default: %(default)s)")
     parser.add_argument("--trained", type=Path, help="retrieval by this folder of examples/tune_globals.py, too")

@@ -19,7 +19,7 @@ from pydoc_data.topics import topics
 
 import numpy as np
 
-LEAST, MOST = 1024, 4096  # tokens of a document, its questions included
+LEAST, MOST = 1024, 2560  # tokens of a document, its questions included
 LONGEST_QUESTION = 64  # tokens: in the smallest block, too, so short a text is read as the plain model reads it
 LATE_SENTENCES = 6  # of one document, at most
 _CHARACTERS = range(60, 301)  # of a late sentence

@@ -13,7 +13,7 @@ from bench.quality.settings import DENSE, Setting
 from bench.recall import QKV, dense_layers, recall
 
 TOKENS = 1536  # of each text
-TEXTS = 3
+TEXTS = 2
 
 
 class Dense:

@@ -20,7 +20,7 @@ from lsg_attn.cli.embedding import PIECE, mean_state
 SHORT = (128, PIECE)  # tokens of the texts whose cosine to the plain model is taken
 FIRST_PIECE, PIECES = "plain model, first 512 tokens", "plain model, mean of pieces"
 BASELINES = (FIRST_PIECE, PIECES)
-_SHORT_TEXTS = 24
+_SHORT_TEXTS = 12
 Embed = Callable[[Tensor], Tensor]
 
 

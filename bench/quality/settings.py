@@ -65,7 +65,7 @@ def grid() -> list[Setting]:
 
 
 def settings() -> list[Setting]:
-    """All, the most important first: the grid, then the first token kept, then more global tokens.
+    """All: dense attention, the first token kept, more global tokens, the grid.
 
     With its first token kept, a model has the embedding of CLS twice, as token and as global token. It is the default.
     """
@@ -73,7 +73,8 @@ def settings() -> list[Setting]:
     kept = [Setting(name, block, factor, mask_first_token=False) for name in TYPES]
     more = [Setting("norm", block, factor, count, masked) for count in (7, 16) for masked in (True, False)]
     untrained = Setting("norm", block, factor, 8, False, plain_questions=True)
-    return [DENSE, *grid(), *kept, Setting("none", block, mask_first_token=False), *more, untrained]
+    kept.append(Setting("none", block, mask_first_token=False))
+    return [DENSE, *kept, *more, untrained, *grid()]
 
 
 def _is_possible(setting: Setting) -> bool:
