@@ -66,6 +66,11 @@ class Figures:
         """Time and memory of a row."""
         return self._rows["cost"].get(label)
 
+    def training(self, label: str) -> dict[str, Any]:
+        """How the model of a row was trained."""
+        training: dict[str, Any] = self._rows["retrieval"][label]["training"]
+        return training
+
     def task(self, label: str, task: str, measure: Measure) -> Floats:
         """The mean of a measure of the ranks of a task, in each resample."""
         values = [measure(rank) for rank in self._rows["retrieval"][label][task]]

@@ -67,14 +67,16 @@ def grid() -> list[Setting]:
 def settings() -> list[Setting]:
     """All: dense attention, the first token kept, more global tokens, the grid.
 
+    Eight global tokens are there beside the eight that ``examples/tune_globals.py`` trains.
+
     With its first token kept, a model has the embedding of CLS twice, as token and as global token. It is the default.
     """
     block, factor = BLOCKS[0], FACTORS[0]
     kept = [Setting(name, block, factor, mask_first_token=False) for name in TYPES]
     more = [Setting("norm", block, factor, count, masked) for count in (7, 16) for masked in (True, False)]
-    untrained = Setting("norm", block, factor, 8, False, plain_questions=True)
+    more += [Setting("norm", block, factor, count, False, plain_questions=True) for count in (7, 8, 16)]
     kept.append(Setting("none", block, mask_first_token=False))
-    return [DENSE, *kept, *more, untrained, *grid()]
+    return [DENSE, *kept, *more, *grid()]
 
 
 def _is_possible(setting: Setting) -> bool:

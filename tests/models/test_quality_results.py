@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from lsg_attn import SPARSITY_TYPES, LSGPattern
 
 PAGE = FOLDER.parent.parent.parent / "docs/quality.md"
 DOCUMENTS = 30
+TRAINED = "norm 128 f2, 8 global tokens, first token kept, plain questions, trained"
 
 
 @pytest.fixture
@@ -37,6 +39,8 @@ def folder(tmp_path):
 
     made = [retrieval(label, 6, ()) for label in BASELINES]
     made += [retrieval(x.label, 1 + 512 // min(x.block_size, 256), SHORT) for x in settings()]
+    training = {"documents": 9, "max_length": 2000, "epochs": 3, "losses": [0.5, 0.4, 0.25]}
+    made.append({**retrieval(TRAINED, 0, SHORT), "training": training})
     costs = [{"label": x, "ms": [9.0] * 3, "ratio": [1.0] * 3, "peak_bytes": 1 << 20} for x in BASELINES]
     kept = []
     for setting in [DENSE, *grid()]:
@@ -137,12 +141,22 @@ def test_a_stopped_run_goes_on(tmp_path):
 def test_page_says_what_the_rows_say(folder):
     lines = page.lines(folder)
     text = "\n".join(lines)
+    figures = Figures(folder)
+    of_type = {name: [x.label for x in grid() if x.sparsity_type == name] for name in SPARSITY_TYPES}
+    ordered = sorted(of_type, key=lambda name: figures.mean_score(of_type[name])[0], reverse=True)
+    assert re.findall(r"^\| `(\w+)` \|", text.split("## Which block")[0], re.MULTILINE) == ordered
+    assert f"**`{ordered[0]}` has the highest score" in text
     blocks = [line for line in lines if line.startswith("| B = ")]
     assert [line.split(" |")[0] for line in blocks] == ["| B = 32", "| B = 64", "| B = 128", "| B = 256"]
     assert [line.split(" | ")[2][:3] for line in blocks] == ["**\N{MINUS SIGN}", "**\N{MINUS SIGN}", "the", "**+"]
     assert "256 f" in text.split("has the highest score of a single conversion")[0].splitlines()[-1]
     assert all(f"| {setting.label} | " in text for setting in settings())
     assert f"{DOCUMENTS} documents: 10 topics of Python's help, 10 modules" in text
+    assert "on 9 documents of at most 2,000 tokens, for 3 epochs" in text
+    assert (
+        "from 0.500 in the first epoch to 0.250 in the last. Against the untrained tokens the score differs by **+"
+        in text
+    )
     assert "46.29 | 18.71 | 41.85" in text
     assert "--model ccdv/lsg-bart-base-16384-pubmed --max-tokens 16384" in text
     path = folder / "retrieval.jsonl"
