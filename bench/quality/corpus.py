@@ -14,6 +14,7 @@ import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -46,8 +47,8 @@ def documents(count_tokens: Callable[[str], int], per_source: int) -> list[Docum
     chosen: dict[str, list[str]] = {}
     for source in (_topics, _modules, _functions):
         count = 0
-        for name, text in sorted(source(), key=lambda pair: hashlib.sha256(pair[0].encode()).digest()):
-            if count < per_source and LEAST <= count_tokens(text) <= MOST:
+        for name, read in sorted(source(), key=lambda pair: hashlib.sha256(pair[0].encode()).digest()):
+            if count < per_source and LEAST <= count_tokens(text := read()) <= MOST:
                 chosen[name] = _paragraphs(text)
                 count += 1
     often = Counter(x for paragraphs in chosen.values() for x in {x for y in paragraphs for x in _sentences(y)})
@@ -80,31 +81,37 @@ def _document(
     return Document(name, text, title, tuple(late))
 
 
-def _topics() -> Iterator[tuple[str, str]]:
+Source = Iterator[tuple[str, Callable[[], str]]]  # names, and what reads the texts
+
+
+def _topics() -> Source:
     """The topics of Python's help, each with its heading first."""
     for name, text in topics.items():
-        yield f"help: {name}", text
+        yield f"help: {name}", partial(str, text)
 
 
-def _modules() -> Iterator[tuple[str, str]]:
-    """The documentation of each module in a package of the standard library, the module's own first.
+def _modules() -> Source:
+    """The modules in packages of the standard library.
 
     ``examples/tune_globals.py`` trains on the modules that are in no package.
     """
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*/*.py")):
-        if path.parent.name in _FOLDERS_LEFT_OUT:
-            continue
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):  # some files are there to test just this
-            continue
-        nodes = [x for x in ast.walk(tree) if isinstance(x, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
-        if ast.get_docstring(tree):
-            strings = (ast.get_docstring(node) for node in (tree, *nodes))
-            yield f"module: {path.parent.name}/{path.stem}", "\n\n".join(x for x in strings if x)
+    for path in Path(sysconfig.get_paths()["stdlib"]).glob("*/*.py"):
+        if path.parent.name not in _FOLDERS_LEFT_OUT:
+            yield f"module: {path.parent.name}/{path.stem}", partial(_module, path)
 
 
-def _functions() -> Iterator[tuple[str, str]]:
+def _module(path: Path) -> str:
+    """A module's documentation, its own first; nothing if it has none of its own, or cannot be parsed."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):  # some files are there to test just this
+        return ""
+    nodes = [x for x in ast.walk(tree) if isinstance(x, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
+    strings = [ast.get_docstring(node) for node in (tree, *nodes)]
+    return "\n\n".join(x for x in strings if x) if strings[0] else ""
+
+
+def _functions() -> Source:
     """The documentation of each of numpy's public functions and classes, once if it has several names."""
     seen = set()
     for module in (np, np.linalg, np.fft, np.random, np.ma):
@@ -113,7 +120,8 @@ def _functions() -> Iterator[tuple[str, str]]:
             text = None if inspect.ismodule(member) else inspect.getdoc(member)
             if text and text not in seen:
                 seen.add(text)
-                yield f"numpy: {module.__name__}.{name}", re.sub(r"\A\w+\(.*?\n\n", "", text, flags=re.DOTALL)
+                without_call = re.sub(r"\A\w+\(.*?\n\n", "", text, flags=re.DOTALL)
+                yield f"numpy: {module.__name__}.{name}", partial(str, without_call)
 
 
 def _paragraphs(text: str) -> list[str]:

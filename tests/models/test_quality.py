@@ -19,7 +19,7 @@ from bench.quality import __main__ as command
 from bench.quality import corpus, cost, kept
 from bench.quality.encoder import Encoder, cut, model_path
 from bench.quality.results import read_rows, read_run
-from bench.quality.retrieval import BASELINES, Reading, ranks
+from bench.quality.retrieval import BASELINES, FIRST_PIECE, PIECES, Reading, ranks
 from bench.quality.settings import BLOCKS, Setting
 from lsg_attn.cli.demo_encoder import run_encoder_demo
 from lsg_attn.cli.embedding import mean_state
@@ -119,22 +119,33 @@ def test_dense_attention_keeps_all_and_patterns_keep_less(encoder, monkeypatch):
 
 def test_costs_are_relative_to_the_plain_model_in_pieces(encoder, monkeypatch):
     monkeypatch.setattr(cost, "LENGTH", 700)
-    monkeypatch.setattr(cost, "_SECONDS", 0)
+    read = {}
+
+    def interleave(steps, *_):
+        read.update({name: step() for name, step in steps.items()})
+        return {name: [3.0, 2.0] if name == PIECES else [6.0, 8.0] for name in steps}
+
+    monkeypatch.setattr(cost, "interleave", interleave)
     monkeypatch.setattr(cost.fresh, "call", lambda function, *arguments: function(*arguments))
     document = encoder.ids("\n".join(list(corpus.topics.values())[:9]))
     with pytest.raises(ValueError, match="expected at least 700 tokens, got 600"):
         next(cost.costs(encoder, cut(document, 600), []))
     rows = list(cost.costs(encoder, document, [Setting("none", 32), *BASELINES]))
     assert [row["label"] for row in rows] == [*BASELINES, "none 32"]
-    assert rows[1]["ratio"] == [1.0, 1.0, 1.0]
-    for row in rows:
-        assert row["ratio"][0] == pytest.approx(rows[1]["ms"][0] / row["ms"][0], rel=0.9)
-        assert row["ms"][0] > 0
-        assert row["peak_bytes"] is None or row["peak_bytes"] > 100_000
+    assert [row["ratio"][0] for row in rows] == [0.375, 1, 0.375]  # 3 / 6 and 2 / 8
+    assert [row["ms"][0] for row in rows] == [7000, 2500, 7000]
+    assert all(row["peak_bytes"] is None or row["peak_bytes"] > 100_000 for row in rows)
+    ids = cut(document, 700)
+    with torch.inference_mode():
+        local = mean_state(encoder.convert(Setting("none", 32)), ids)
+        expected = {FIRST_PIECE: encoder.first_piece(ids), PIECES: encoder.mean_of_pieces(ids), "none 32": local}
+    assert read.keys() == expected.keys()
+    for name, embedding in expected.items():
+        torch.testing.assert_close(read[name], embedding)
 
 
 def test_command_measures_what_is_missing(tmp_path, capsys):
-    arguments = ["--only", "retrieval", "--documents", "2", "--folder", str(tmp_path), "--settings"]
+    arguments = ["--only", "retrieval", "--documents", "1", "--folder", str(tmp_path), "--settings"]
     assert command.main([*arguments, "norm 128 f2, first token kept"]) == 0
     path = tmp_path / "retrieval.jsonl"
     before = path.read_text()
@@ -149,7 +160,7 @@ def test_command_measures_what_is_missing(tmp_path, capsys):
     assert command.main([*arguments, "norm 128 f2, first token kept"]) == 0  # nothing is missing
     assert capsys.readouterr().out == ""
     assert path.read_text() == before
-    assert command.main([*arguments[:3], "1", *arguments[4:], "none 32"]) == 2
+    assert command.main([*arguments[:3], "2", *arguments[4:], "none 32"]) == 2
     assert "expected rows with arguments" in capsys.readouterr().err
 
 
