@@ -14,7 +14,6 @@ from typing import Any
 
 import transformers
 
-from bench import report
 from bench.quality import page, work
 from bench.quality.corpus import digest, documents
 from bench.quality.cost import costs
@@ -42,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             draw(Figures(options.folder), options.plot)
         if options.page is not None:
             text = options.page.read_text(encoding="utf-8")
-            new = report.with_section(text, page.lines(options.folder), page.MARKS)
-            options.page.write_text(new, encoding="utf-8")
+            options.page.write_text(page.with_figures(text, options.folder), encoding="utf-8")
         if options.plot is None and options.page is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -63,7 +61,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--settings", nargs="+", metavar="LABEL", help="only these conversions, by their rows' names")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share out the rows (default: %(default)s)")
     parser.add_argument("--trained", type=Path, help="retrieval by this folder of examples/tune_globals.py, too")
-    parser.add_argument("--page", type=Path, help="measure nothing; write this page's part that is made of the results")
+    parser.add_argument(
+        "--page", type=Path, help="measure nothing; write the sections of this page that are made of the results"
+    )
     parser.add_argument("--plot", type=Path, help="measure nothing; write this picture of the results")
     options = parser.parse_args(arguments)
     labels = [setting.label for setting in settings()]

@@ -10,10 +10,15 @@ from bench.quality.figures import Figures, difference
 from bench.quality.intervals import Floats, Interval, interval
 
 
-def figure(figures: Floats) -> str:
+def figure(figures: Floats, digits: int = 2) -> str:
     """A figure and its interval."""
     value, low, high = interval(figures)
-    return f"{value:.2f} ({low:.2f} to {high:.2f})"
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def score(figures: Floats) -> str:
+    """A score, whose small differences matter, and its interval."""
+    return figure(figures, 3)
 
 
 def against(left: Floats, right: Floats) -> str:
@@ -33,16 +38,22 @@ def cosine(found: Interval | None) -> str:
 
 
 def kept(figures: Figures, labels: Sequence[str]) -> list[str]:
-    """The shares of probability that are seen, and seen or averaged: means over rows."""
+    """The shares of probability that are seen, and seen or averaged, and the output's error: means over rows."""
     found = [row for row in map(figures.kept, labels) if row]
-    return [f"{100 * np.mean([row[name] for row in found]):.0f} %" if found else "" for name in ("seen", "covered")]
+    if not found:
+        return ["", "", ""]
+    seen, covered, error = (np.mean([row[name] for row in found]) for name in ("seen", "covered", "error"))
+    return [f"{100 * seen:.0f} %", f"{100 * covered:.0f} %", f"{error:.2f}"]
 
 
 def cost(figures: Figures, labels: Sequence[str]) -> list[str]:
-    """Speed and mebibytes: means over rows."""
+    """Speed and mebibytes: means over rows; of one row also the 20th and 80th percentiles of its repetitions."""
     found = [row for row in map(figures.cost, labels) if row]
     peaks = [row["peak_bytes"] for row in found if row["peak_bytes"]]
     speed = f"{np.mean([row['ratio'][0] for row in found]):.2f}" if found else ""
+    if found and len(labels) == 1:
+        _, low, high = found[0]["ratio"]
+        speed += f" ({low:.2f} to {high:.2f})"
     return [speed, f"{np.mean(peaks) / 2**20:.0f}" if peaks else ""]
 
 

@@ -18,7 +18,7 @@ from bench.timing import Clock, Step, interleave, ratio, spread
 from lsg_attn.cli.embedding import mean_state
 from lsg_attn.memory import peak_memory
 
-_SECONDS, _LEAST = 20.0, 3  # of a group of settings; two repetitions are enough where they take a minute
+_SECONDS, _LEAST = 20.0, 3  # of a group of settings that take turns
 Subject = str | Setting  # one of BASELINES, or a conversion
 
 
@@ -26,7 +26,8 @@ def costs(encoder: Encoder, document: Tensor, subjects: Sequence[Subject]) -> It
     """A row for each subject.
 
     ``ratio`` is the time of the plain model in pieces over the row's own, so above 1 the row is faster: its median and
-    20th and 80th percentiles over repetitions. In each, the settings of one type and the plain model take turns.
+    20th and 80th percentiles over repetitions. In each, the settings of one type and block size and the plain model
+    take turns.
 
     Args:
         encoder: the plain encoder.
@@ -39,7 +40,7 @@ def costs(encoder: Encoder, document: Tensor, subjects: Sequence[Subject]) -> It
     if document.shape[1] < LENGTH:
         raise ValueError(f"document: expected at least {LENGTH} tokens, got {document.shape[1]}")
     ids = cut(document, LENGTH)
-    for _, found in groupby(sorted(subjects, key=_type), key=_type):
+    for _, found in groupby(sorted(subjects, key=_group), key=_group):
         group = list(found)
         steps: dict[str, Step] = {PIECES: partial(encoder.mean_of_pieces, ids)}
         steps |= {label_of(x): partial(_reader(encoder, x), ids) for x in group}
@@ -55,9 +56,9 @@ def costs(encoder: Encoder, document: Tensor, subjects: Sequence[Subject]) -> It
             }
 
 
-def _type(subject: Subject) -> str:
-    """The sparsity type; nothing for the plain model."""
-    return "" if isinstance(subject, str) else subject.sparsity_type
+def _group(subject: Subject) -> tuple[str, int]:
+    """The sparsity type and the block size; nothing for the plain model."""
+    return ("", 0) if isinstance(subject, str) else (subject.sparsity_type, subject.block_size)
 
 
 def label_of(subject: Subject) -> str:

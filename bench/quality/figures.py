@@ -59,7 +59,7 @@ class Figures:
         return len(self._about[task])
 
     def kept(self, label: str) -> dict[str, float] | None:
-        """The shares of dense attention's probability that a pattern keeps."""
+        """What a pattern keeps of dense attention, as :class:`bench.recall.Recall` has it."""
         return self._rows["kept"].get(label)
 
     def cost(self, label: str) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The part of docs/quality.md that is made of the files of results: answers, then every row, then what was read."""
+"""The sections of docs/quality.md that are made of the files of results: answers, every row, what was read."""
 
 from __future__ import annotations
 
@@ -10,20 +10,30 @@ from bench.quality.figures import LATE, TITLE, Figures
 from bench.quality.intervals import RESAMPLES
 from bench.quality.retrieval import FIRST_PIECE, PIECES
 from bench.quality.settings import DENSE, TYPES, Setting, settings
+from bench.report import with_section
 
 COMMAND = "python -m bench.quality --page docs/quality.md"
-MARKS = (f"<!-- begin: {COMMAND} -->\n", f"<!-- end: {COMMAND} -->\n")
 _PUBLISHED = "published.csv"
 
 
-def lines(folder: Path) -> list[str]:
-    """The Markdown between the marks, from the files of a folder.
+def with_figures(text: str, folder: Path) -> str:
+    """A page's text with the sections that the files of a folder give: the answers in short, and everything else.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is not that of one run.
+        ValueError: a file is not that of one run, or the text lacks a section's marks.
     """
     figures = Figures(folder)
+    text = with_section(text, answers.in_short(figures), marks("in short"))
+    return with_section(text, _tables(figures, folder), marks("tables"))
+
+
+def marks(section: str) -> tuple[str, str]:
+    """What stands before and after a section."""
+    return f"<!-- begin {section}: {COMMAND} -->\n", f"<!-- end {section}: {COMMAND} -->\n"
+
+
+def _tables(figures: Figures, folder: Path) -> list[str]:
     return [
         *answers.types(figures),
         *_PICTURE,
@@ -65,7 +75,7 @@ def _every_row(figures: Figures) -> list[str]:
         "",
         "A row is named by type, block size and factor.",
         "",
-        *cells.table([*columns, "kept", "or averaged", "speed", "MiB"], rows),
+        *cells.table([*columns, *answers.KEPT, *answers.COST], rows),
     ]
 
 

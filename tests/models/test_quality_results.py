@@ -7,7 +7,6 @@ import re
 import numpy as np
 import pytest
 
-from bench import report
 from bench.quality import __main__ as command
 from bench.quality import intervals, page
 from bench.quality.figures import LATE, TITLE, Figures, difference, recall_at, reciprocal
@@ -19,6 +18,7 @@ from lsg_attn import SPARSITY_TYPES, LSGPattern
 
 PAGE = FOLDER.parent.parent.parent / "docs/quality.md"
 DOCUMENTS = 30
+EMPTY = "".join(mark for section in ("in short", "tables") for mark in page.marks(section))
 TRAINED = "norm 128 f2, 8 global tokens, first token kept, plain questions, trained"
 
 
@@ -139,13 +139,15 @@ def test_a_stopped_run_goes_on(tmp_path):
 
 
 def test_page_says_what_the_rows_say(folder):
-    lines = page.lines(folder)
-    text = "\n".join(lines)
+    text = page.with_figures(EMPTY, folder)
+    lines = text.splitlines()
     figures = Figures(folder)
     of_type = {name: [x.label for x in grid() if x.sparsity_type == name] for name in SPARSITY_TYPES}
     ordered = sorted(of_type, key=lambda name: figures.mean_score(of_type[name])[0], reverse=True)
     assert re.findall(r"^\| `(\w+)` \|", text.split("## Which block")[0], re.MULTILINE) == ordered
     assert f"**`{ordered[0]}` has the highest score" in text
+    assert f"- **Types**: `{ordered[0]}` has the highest score, `{ordered[-1]}` the lowest; they differ by " in text
+    assert "- **Block sizes**: B = 256 has the highest score, B = 32 the lowest; they differ by **+" in text
     blocks = [line for line in lines if line.startswith("| B = ")]
     assert [line.split(" |")[0] for line in blocks] == ["| B = 32", "| B = 64", "| B = 128", "| B = 256"]
     assert [line.split(" | ")[2][:3] for line in blocks] == ["**\N{MINUS SIGN}", "**\N{MINUS SIGN}", "the", "**+"]
@@ -157,11 +159,13 @@ def test_page_says_what_the_rows_say(folder):
         "from 0.500 in the first epoch to 0.250 in the last. Against the untrained tokens the score differs by **+"
         in text
     )
+    assert "| 25 % | 50 % | 0.10 | 0.64 (0.64 to 0.64) | 1 |" in text  # a row
+    assert "| 25 % | 50 % | 0.10 | 1.20 | 1 |" in text  # a type: the mean of 0.32, 0.64, 1.28 and 2.56
     assert "46.29 | 18.71 | 41.85" in text
     assert "--model ccdv/lsg-bart-base-16384-pubmed --max-tokens 16384" in text
     path = folder / "retrieval.jsonl"
     path.write_text(path.read_text().replace('"title": [0, ', '"title": [25, '))
-    assert page.lines(folder) != lines
+    assert page.with_figures(text, folder) != text
 
 
 def test_plot_needs_every_time(folder):
@@ -193,14 +197,15 @@ def test_command_writes_page_and_picture(folder):
     assert command.main(["--page", str(copy), "--plot", str(picture), "--folder", str(folder)]) == 0
     assert picture.exists()
     text = copy.read_text(encoding="utf-8")
-    assert f"{page.MARKS[0]}## Which sparsity type?" in text
+    assert f"{page.marks('in short')[0]}## In short\n" in text
+    assert f"{page.marks('tables')[0]}## Which sparsity type?\n" in text
     assert text.startswith("# Quality without training\n")
     assert text.endswith(PAGE.read_text(encoding="utf-8")[-200:])
 
 
 def test_the_committed_page_is_made_of_the_committed_files():
     text = PAGE.read_text(encoding="utf-8")
-    assert report.with_section(text, page.lines(FOLDER), page.MARKS) == text
+    assert page.with_figures(text, FOLDER) == text
     run = read_run(FOLDER / "retrieval.jsonl")
     assert not run["commit"].endswith("-dirty")
     rows = {json.dumps(row["label"]) for row in read_rows(FOLDER / "retrieval.jsonl")}
