@@ -47,11 +47,10 @@ def _tables(figures: Figures, folder: Path) -> list[str]:
 
 
 _PICTURE = [
-    "![Score against speed. Marks are sparsity types by colour and block sizes by shape](quality.png)",
+    "![Score against speed, both relative to the mean of pieces. Types by colour, block sizes by shape](quality.png)",
     "",
-    "*A mark is a mean over the factors, with its interval. A dot is one factor; a larger dot is a larger factor. "
-    "Lines are the plain model's scores, and that of dense attention over the whole document. Drawn by "
-    "`python -m bench.quality --plot docs/quality.png`.*",
+    "*A mark is a mean over the factors, the line through it the interval of its difference from the mean of pieces. "
+    "A dot is one factor, larger for a larger one. Drawn by `python -m bench.quality --plot docs/quality.png`.*",
     "",
 ]  # fmt: skip
 

@@ -1,12 +1,11 @@
-"""The picture: quality against speed, a mark for each type and block size."""
+"""The picture: quality against speed, both relative to the plain model in pieces; a mark for a type and block size."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from bench.quality.figures import Figures
-from bench.quality.intervals import Interval, interval
+from bench.quality.figures import Figures, difference
 from bench.quality.retrieval import FIRST_PIECE, PIECES
 from bench.quality.settings import BLOCKS, DENSE, TYPES, Setting, grid
 
@@ -40,12 +39,12 @@ def draw(figures: Figures, path: Path) -> None:
             group = [x for x in grid() if (x.sparsity_type, x.block_size) == (name, block)]
             _mark(axis, figures, group)
     for label, (style, text) in _LINES.items():
-        height = figures.score(label)[0]
+        height = difference(figures.score(label), figures.score(PIECES)).value
         axis.axhline(height, color="#333333", linewidth=1.4, linestyle=style, zorder=1)
         axis.annotate(text, (1.0, height), (-4, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
                       ha="right", fontsize=11, color="#333333")  # fmt: skip
     axis.set_xlabel("speed: time of the plain model in pieces / time", fontsize=13)
-    axis.set_ylabel("quality: MRR, mean of two retrieval tasks", fontsize=13)
+    axis.set_ylabel("quality: score, against the mean of pieces", fontsize=13)
     axis.tick_params(labelsize=12)
     axis.grid(alpha=0.25)
     _legend(canvas)
@@ -68,9 +67,10 @@ def _mark(axis: Any, figures: Figures, group: list[Setting]) -> None:
     """The mean over factors with its interval, and a dot for each factor."""
     color, marker = _COLORS[group[0].sparsity_type], _MARKERS[group[0].block_size]
     xs = [speed(figures, setting) for setting in group]
-    mean: Interval = interval(figures.mean_score(setting.label for setting in group))
+    pieces = figures.score(PIECES)
+    mean = difference(figures.mean_score(setting.label for setting in group), pieces)
     if len(group) > 1:
-        heights = [figures.score(setting.label)[0] for setting in group]
+        heights = [difference(figures.score(setting.label), pieces).value for setting in group]
         sizes = [_SIZES[setting.sparsity_factor] for setting in group]
         axis.scatter(xs, heights, s=sizes, color=color, alpha=0.5, linewidths=0, zorder=2)
     errors = [[mean.value - mean.low], [mean.high - mean.value]]
