@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench.timing import Clock, Step, interleave, ratio, spread
-from lsg_attn import SPARSITY_TYPES, LSGPattern, lsg_attention
+from lsg_attn import SPARSITY_TYPES, LSGAttention, LSGPattern, lsg_attention
 from lsg_attn.cli.document import read_document
 from lsg_attn.cli.output import progress_bar
 from lsg_attn.compression import Tokens, compress
@@ -122,17 +122,17 @@ def _probability(probs: Tensor, where: Tensor) -> float:
 
 
 def dense_layers(encoder: Any, ids: Tensor) -> Iterator[QKV]:
-    """Queries, keys and values of each layer of an LSG-BART encoder as it reads ids (1, T) with dense attention."""
-    seen: list[Tensor] = []
-    attentions = [layer.self_attn for layer in encoder.layers]
+    """Queries, keys and values of each layer of an LSG encoder as it reads ids (1, T) with dense attention."""
+    seen: list[tuple[LSGAttention, Tensor]] = []
     num_globals = encoder.config.num_global_tokens
     dense = LSGPattern(block_size=ids.shape[1], sparsity_type="none", num_global_tokens=num_globals)
-    for attention in attentions:
-        attention.pattern = dense  # one block: all tokens see each other
-        attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    for attention in encoder.modules():
+        if isinstance(attention, LSGAttention):
+            attention.pattern = dense  # one block: all tokens see each other
+            attention.register_forward_pre_hook(lambda module, inputs: seen.append((module, inputs[0])))
     with torch.inference_mode():
         encoder(ids)
-        for attention, hidden in zip(attentions, seen, strict=True):
+        for attention, hidden in seen:
             yield attention.project(hidden)
 
 

@@ -42,16 +42,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             document.write_text(new, encoding="utf-8")
 
 
-def with_section(text: str, lines: Iterable[str]) -> str:
+def with_section(text: str, lines: Iterable[str], marks: tuple[str, str] = (_BEGIN, _END)) -> str:
     """A document's text with these lines between its marks.
 
     Raises:
         ValueError: the text has no such section.
     """
-    before, begin, rest = text.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
+    before, begin, rest = text.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not begin or not end:
-        raise ValueError(f"expected a section from {_BEGIN.strip()!r} to {_END.strip()!r}")
+        raise ValueError(f"expected a section from {marks[0].strip()!r} to {marks[1].strip()!r}")
     return before + begin + "\n".join(lines) + "\n" + end + after
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import random
 import sysconfig
 import time
@@ -114,7 +115,7 @@ def main() -> None:
     model.embeddings.position_embeddings.requires_grad_(options.positions)
     optimizer = torch.optim.Adam([x for x in model.parameters() if x.requires_grad], lr=options.learning_rate)
     examples = [(ids, embed_pieces(plain, ids)) for ids in documents(tokenizer, options.documents, options.max_length)]
-    start = time.perf_counter()
+    start, losses = time.perf_counter(), []
     for epoch in range(options.epochs):
         random.Random(epoch).shuffle(examples)
         total = 0.0
@@ -124,11 +125,16 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             total += float(loss.detach())
-        print(f"epoch {epoch + 1}: loss {total / len(examples):.4f}, {time.perf_counter() - start:.0f} s")
+        losses.append(total / len(examples))
+        print(f"epoch {epoch + 1}: loss {losses[-1]:.4f}, {time.perf_counter() - start:.0f} s")
+    seconds = time.perf_counter() - start
     print(f"after: {recall(plain, model, tokenizer, options.max_length)}")
     if options.output is not None:
         model.save_pretrained(options.output)
         tokenizer.save_pretrained(options.output)
+        how = {key: value for key, value in vars(options).items() if key not in ("model", "output")}
+        how |= {"losses": losses, "seconds": round(seconds)}
+        (options.output / "training.json").write_text(json.dumps(how, indent=2), encoding="utf-8")
         print(f"saved to {options.output}")
 
 
