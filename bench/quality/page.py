@@ -151,4 +151,4 @@ def _card(row: dict[str, str]) -> str:
 def _command(row: dict[str, str]) -> str:
     tokens = row["model"].split("-")[3]
     data = f"{row['dataset'].lower()}-test.jsonl"
-    return f"python examples/evaluate.py {data} --model ccdv/{row['model']} --max-tokens {tokens}"
+    return f"python examples/evaluate.py {data} --model ccdv/{row['model']} --max-length {tokens}"
