@@ -1,5 +1,8 @@
 """bench.distributed: a run of two processes, and how the table reckons scaling."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -46,3 +49,22 @@ def test_a_process_that_fails_is_told(capfd):
     with pytest.raises(RuntimeError, match=r"expected processes that end with 0, got \[1\]"):
         distributed.measure(distributed.Case(100, 1, "no such type", 2, 8, "float32", 1), ["forward"])
     assert "sparsity_type: expected one of" in capfd.readouterr().err
+
+
+def test_page_has_what_a_million_tokens_took():
+    """The table of the documentation is what `examples/long_document.py` printed: of the processes, the most."""
+    root = Path(__file__).parent.parent
+    page = (root / "docs/distributed.md").read_text(encoding="utf-8")
+    runs = (root / "bench/results/distributed/long_document.txt").read_text(encoding="utf-8").split("$ torchrun")[1:]
+    assert len(runs) == 3
+    for run in runs:
+        tokens, count, seconds, speed = re.search(
+            r"([\d,]+) tokens, (\d) proc.*: ([\d.]+) s, ([\d,]+) tok", run
+        ).groups()
+        peaks, received = zip(
+            *re.findall(r"^ +\d+ +[\d,]+ +[\d,]+ +([\d,]+) +([\d,]+)$", run, re.MULTILINE), strict=True
+        )
+        most = [max(column, key=lambda cell: int(cell.replace(",", ""))) for column in (peaks, received)]
+        what = count if tokens == "1,048,576" else f"{count}, of {tokens} tokens"
+        assert len(peaks) == int(count)
+        assert f"| {what} | {float(seconds):.1f} | {speed} | {most[0]} | {most[1]} |" in page
