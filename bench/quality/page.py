@@ -131,24 +131,30 @@ def _published(path: Path) -> list[str]:
         "summary whose sentences are lines.",
         "",
         *cells.table(["", "dataset", "global tokens", "ROUGE-1", "ROUGE-2", "ROUGE-Lsum"], rows),
-        "The same cards compare types, at 4,096 tokens, B = 128 and f = 4 (ROUGE-1 / ROUGE-2 / ROUGE-Lsum):",
+        "The newest cards of the 4,096-token models also compare types, at B = 128 and f = 4 (ROUGE-1 / ROUGE-2 / "
+        "ROUGE-Lsum):",
         "",
         *cells.table(["type", *datasets], types),
-        "Where the weights can be downloaded, these commands measure them. The file has a JSON object per line, with a "
-        "`document` and a `summary`, here of the dataset's test split.",
+        "Where the weights can be downloaded, these commands measure them. The first of each pair gives the checkpoint "
+        "the pattern of its row. The file has a JSON object per line, with a `document` and a `summary`, here of the "
+        "dataset's test split.",
         "",
         "```text",
-        *map(_command, models),
+        *dict.fromkeys(command for row in models for command in _commands(row)),
         "```",
         "",
     ]  # fmt: skip
 
 
 def _card(row: dict[str, str]) -> str:
-    return f"[{row['model']}](https://huggingface.co/ccdv/{row['model']}/blob/{row['revision']}/README.md)"
+    return f"[{row['model']}, {row['revision']}](https://huggingface.co/ccdv/{row['model']}/blob/{row['revision']}/README.md)"
 
 
-def _command(row: dict[str, str]) -> str:
-    tokens = row["model"].split("-")[3]
-    data = f"{row['dataset'].lower()}-test.jsonl"
-    return f"python examples/evaluate.py {data} --model ccdv/{row['model']} --max-length {tokens}"
+def _commands(row: dict[str, str]) -> list[str]:
+    name = row["model"]
+    pattern = f"--block-size {row['block_size']} --sparsity-type {row['sparsity_type']}"
+    sizes = f"--max-length {name.split('-')[3]} --num-global-tokens {row['global_tokens']} {pattern}"
+    return [
+        f"lsg-attn convert ccdv/{name} {name} {sizes}",
+        f"python examples/evaluate.py {row['dataset'].lower()}-test.jsonl --model {name}",
+    ]

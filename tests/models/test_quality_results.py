@@ -162,7 +162,9 @@ def test_page_says_what_the_rows_say(folder):
     assert "| 25 % | 50 % | 0.10 | 0.64 (0.64 to 0.64) | 1 |" in text  # a row
     assert "| 25 % | 50 % | 0.10 | 1.20 | 1 |" in text  # a type: the mean of 0.32, 0.64, 1.28 and 2.56
     assert "46.29 | 18.71 | 41.85" in text
-    assert "--model ccdv/lsg-bart-base-16384-pubmed --max-length 16384" in text
+    name = "lsg-bart-base-16384-pubmed"
+    assert f"lsg-attn convert ccdv/{name} {name} --max-length 16384 --num-global-tokens 64 --block-size 256" in text
+    assert text.count("--model lsg-bart-base-4096-arxiv\n") == 1  # of two rows
     path = folder / "retrieval.jsonl"
     path.write_text(path.read_text().replace('"title": [0, ', '"title": [25, '))
     assert page.with_figures(text, folder) != text
