@@ -172,8 +172,9 @@ def help_of(program, is_module, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [program, "--help"])
         patch.syspath_prepend(str((ROOT / program).parent))  # as Python does for a program
-        if not hasattr(sys.modules.get(program), "__path__"):  # a package would be imported anew, without its modules
-            patch.delitem(sys.modules, program, raising=False)  # runpy warns of a module that was imported before
+        # runpy warns of a module that was imported before; a package would be imported anew, without its other modules
+        is_package = hasattr(sys.modules.get(program), "__path__")
+        patch.delitem(sys.modules, f"{program}.__main__" if is_package else program, raising=False)
         run = partial(runpy.run_module, program) if is_module else partial(runpy.run_path, str(ROOT / program))
         with pytest.raises(SystemExit) as stop:
             run(run_name="__main__")
