@@ -47,7 +47,7 @@ test-matrix: $(VENV)/ready $(OLD_TRANSFORMERS:%=test-transformers-%)
 	$(BIN)/python -m pytest tests/bart tests/models
 
 test-transformers-%: $(VENV)-transformers-%/ready
-	$(VENV)-transformers-$*/bin/python -m pytest tests/bart $(if $(filter-out 4.44.2,$*),tests/models)
+	OMP_NUM_THREADS=1 $(VENV)-transformers-$*/bin/python -m pytest tests/bart $(if $(filter-out 4.44.2,$*),tests/models)
 
 # The CPU path with each of the other versions of Python, as a user gets it.
 test-pythons: $(OLDEST_PYTHON:%=test-wheel-%) $(OTHER_PYTHONS:%=test-wheel-%) $(NEWEST_PYTHON:%=test-sdist-%)
@@ -73,7 +73,7 @@ endef
 
 # pyenv's python3.10 and the like run only what PYENV_VERSION lists.
 with-pyenv = $(if $(PYENV_VERSIONS),PYENV_VERSION=$(PYENV_VERSIONS)) $(1)
-PYENV_VERSIONS = $(shell pyenv versions --bare 2> /dev/null | grep -E '^3\.[0-9]+\.[0-9]+$$' | paste -sd:)
+PYENV_VERSIONS := $(shell pyenv versions --bare 2> /dev/null | grep -E '^3\.[0-9]+\.[0-9]+$$' | paste -sd: -)
 
 # The sdist and the wheel made from it, in dist.
 dist: $(VENV)-release/ready
@@ -92,7 +92,7 @@ or-python3 = $(if $(shell $(call with-pyenv,python$(1)) --version 2> /dev/null),
 gate: $(LAST_STAGES:%=test-last-stage-%) test-environments static-gate docs hub
 
 # One after the other: an installation and a build write to the checkout. The last two are a release.
-test-environments:
+test-environments: $(VENV)/ready
 	$(MAKE) --jobs 1 test-transformers-$(firstword $(OLD_TRANSFORMERS)) test-wheel-$(OLDEST_PYTHON) test-sdist-$(NEWEST_PYTHON)
 
 static-gate: $(VENV)/ready

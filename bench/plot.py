@@ -67,6 +67,8 @@ def _small(run: Run, where: str) -> Any:
             xs, ys = zip(*sorted(line), strict=True)
             axis.plot(xs, ys, marker="o", color=_COLORS[peer], linewidth=3 if peer in OURS else 1.8)
             ends[peer] = (xs[-1], ys[-1])
+    if not ends:
+        return None
     ticks = _lengths(lines)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")

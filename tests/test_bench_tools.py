@@ -170,9 +170,12 @@ def test_plot_draws_the_figures_that_a_file_has(dry_run, tmp_path):
             records.append({**record, "case": {**record["case"], "tokens": 2048}})  # a second length
     copy = tmp_path / "two.jsonl"
     copy.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert [x.name for x in plot.plot(copy, tmp_path)] == [
-        f"two-{name}.png" for name in ("time", "memory", "ratios", "small")
-    ]
+    assert [x.name for x in plot.plot(copy, tmp_path)] == ["two-time.png", "two-memory.png", "two-ratios.png"]
+    last = [record for record in records if record.get("case", {}).get("tokens") == 2048]
+    records += [{**record, "case": {**record["case"], "tokens": 4096}} for record in last]
+    copy = copy.rename(tmp_path / "three.jsonl")
+    copy.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert [x.name for x in plot.plot(copy, tmp_path)][3:] == ["three-small.png"]
     assert [x.name for x in plot.plot(path, tmp_path)] == ["dry-ratios.png"]
     assert (tmp_path / "two-time.png").read_bytes().startswith(b"\x89PNG")
 

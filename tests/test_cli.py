@@ -98,9 +98,10 @@ def test_bad_arguments_exit_with_status_2(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_an_error_of_several_lines_becomes_one(monkeypatch, capsys):
+@pytest.mark.parametrize("kind", [OSError, ValueError, ImportError])
+def test_an_error_of_several_lines_becomes_one(kind, monkeypatch, capsys):
     def fail(*_):
-        raise OSError("no such model\n  at this place")
+        raise kind("no such model\n  at this place")
 
     monkeypatch.setattr("lsg_attn.cli.main.kinds_of_keys", fail)
     with pytest.raises(SystemExit):

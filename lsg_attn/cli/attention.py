@@ -39,8 +39,6 @@ def add_attention(parser: argparse.ArgumentParser) -> None:
 
 def _attention(options: argparse.Namespace) -> None:
     page = is_page(options.out)
-    if options.model.startswith((".", "/")) and not Path(options.model).is_dir():
-        raise FileNotFoundError(f"--model: expected a folder, got {options.model}, where there is none")
     need_transformers("attention")
     if not page:
         need_matplotlib("give --out the name of an HTML page")

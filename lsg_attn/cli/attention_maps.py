@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
@@ -97,7 +98,7 @@ def read_maps(
     first = config.num_global_tokens
     return Reading(
         document.source if file is None else file.name,
-        Path(model).name,
+        os.path.basename(os.path.abspath(model)),
         total,
         [f"global {n}" for n in range(first)] + pieces,
         [*range(first), *(first + position for position in special)],

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         options.run(options)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
+    except (OSError, ValueError, ImportError) as error:
         parser.exit(2, f"lsg-attn: {' '.join(str(error).split())}\n")  # in one line, as those of transformers are not
 
 
@@ -183,14 +183,16 @@ def _pattern(options: argparse.Namespace) -> None:
         for sparsity_type in options.sparsity_type
     ]
     what = (options.tokens, options.padding, options.head)
+    if options.out is not None and is_page(options.out):
+        save_pattern_page(options.out, patterns, *what)
+        return
+    if options.out is not None:
+        need_matplotlib("give --out the name of an HTML page, or omit it to print text")
     kinds = [kinds_of_keys(pattern, *what) for pattern in patterns]
     if options.out is None:
         for pattern, matrix in zip(patterns, kinds, strict=True):
             print_pattern(make_console(), pattern, matrix)
-    elif is_page(options.out):
-        save_pattern_page(options.out, patterns, *what)
     else:
-        need_matplotlib("give --out the name of an HTML page, or omit it to print text")
         save_pattern(options.out, patterns, kinds)
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -123,10 +123,12 @@ class LSGEncoder(LSGModel):
         name, shape = ("input_ids", "(batch, T)") if inputs_embeds is None else ("inputs_embeds", "(batch, T, width)")
         tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
         if not isinstance(tokens, Tensor):
-            raise TypeError(
-                f"{name}: expected a torch.Tensor, got {type_name(tokens)}; a tokenizer makes one of texts with "
-                "return_tensors='pt', padding=True"
+            advice = (
+                "pass what a tokenizer returns as model(**batch)"
+                if isinstance(tokens, Mapping)
+                else "a tokenizer makes one of texts with return_tensors='pt', padding=True"
             )
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type_name(tokens)}; {advice}")
         if tokens.dim() != 2 + (inputs_embeds is not None) or tokens.shape[1] < 1:
             raise ValueError(f"{name}: expected shape {shape} with T >= 1, got {tuple(tokens.shape)}")
 

@@ -8,12 +8,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.hub import cached_file, has_file
 
 _SAFE = ".safetensors"
 _ABOUT_THE_HUB = ("cache_dir", "proxies", "token", "revision", "local_files_only")
+# of cached_file, which then finds what from_pretrained finds
+_NONE_IF_MISSING = {
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
 
 
 def load_weights(load: Callable[..., Any], path: Any, *args: Any, use_safetensors: bool | None, **kwargs: Any) -> Any:
@@ -35,26 +41,33 @@ def load_weights(load: Callable[..., Any], path: Any, *args: Any, use_safetensor
     subfolder, variant = kwargs.get("subfolder") or "", kwargs.get("variant")
     hub = {key: kwargs[key] for key in _ABOUT_THE_HUB if kwargs.get(key) is not None}
 
-    def has(name: str) -> bool:
-        with suppress(OSError, ValueError):  # no such repository, or no network: transformers will say so
-            return bool(has_file(path, name, **hub))
-        return False
+    def has_any(*names: str) -> str | None:
+        for name in (_name(name, subfolder, variant) for name in names):
+            with suppress(OSError, ValueError):  # no such repository, or no network: transformers will say so
+                if has_file(path, name, **hub):
+                    return name
+        return None
 
     # whatever a path or an index names, transformers reads
     file = os.path.join(subfolder, path)
-    if str(path).startswith(("http://", "https://")) or (os.path.isfile(file) and not file.endswith(_SAFE)):
+    is_url = urlparse(str(path)).scheme in ("http", "https")
+    if is_url or (os.path.isfile(file) and not file.endswith(_SAFE)):
         raise _refusal(path, f"{os.path.basename(file)}, which would be read as a pickle")
-    if has(index := _name(SAFE_WEIGHTS_INDEX_NAME, subfolder, variant)):
-        shards = json.loads(Path(cached_file(path, index, **hub)).read_text(encoding="utf-8"))["weight_map"].values()
+    index = None
+    with suppress(OSError, ValueError):  # as above
+        index = cached_file(path, _name(SAFE_WEIGHTS_INDEX_NAME, subfolder, variant), **hub, **_NONE_IF_MISSING)
+    if index is not None:
+        shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
         if odd := [shard for shard in shards if not shard.endswith(_SAFE)]:
             raise _refusal(path, f"{odd[0]}, which would be read as a pickle")
     try:
         return load(path, *args, use_safetensors=True, **kwargs)
     except OSError as error:
-        names = [_name(name, subfolder, variant) for name in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)]
-        if found := next(filter(has, names), None):
-            raise _refusal(path, f"{found}, a pickle") from error
-        raise
+        if has_any(SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME) or not (
+            found := has_any(WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+        ):
+            raise
+        raise _refusal(path, f"{found}, a pickle") from error
 
 
 def check_directory(path: str | Path) -> None:

@@ -162,6 +162,16 @@ def test_where_both_are_the_caller_says_which_is_read(tmp_path):
         assert torch.equal(model.model.shared.weight, states["model.shared.weight"] + added)
 
 
+def test_a_shard_that_is_missing_is_no_reason_to_read_a_pickle(tmp_path):
+    shutil.copytree(CONVERTED, tmp_path / "part")
+    (tmp_path / "part/model.safetensors").rename(tmp_path / "part/pytorch_model.bin")
+    index = {"metadata": {}, "weight_map": {"model.shared.weight": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "part/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises((OSError, ValueError)) as error:
+        LSGBartForConditionalGeneration.from_pretrained(tmp_path / "part")
+    assert "pickle" not in str(error.value)
+
+
 def test_states_in_memory_need_no_file(no_torch_load):
     model = LSGBartForConditionalGeneration.from_pretrained(CONVERTED)
     config, states = LSGBartConfig.from_pretrained(CONVERTED), model.state_dict()
@@ -196,6 +206,8 @@ def test_programs_read_safetensors_of_plain_models_too():
     for path in (*root.glob("examples/*.py"), *root.glob("lsg_attn/**/*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and re.match(r"AutoModel\w*\.from_pretrained", ast.unparse(node.func)):
-                found[path.name] = any(ast.unparse(keyword) == "use_safetensors=True" for keyword in node.keywords)
+                found[f"{path}:{node.lineno}"] = any(
+                    ast.unparse(keyword) == "use_safetensors=True" for keyword in node.keywords
+                )
     assert len(found) >= 6
     assert all(found.values()), found

@@ -110,6 +110,8 @@ def test_lists_and_wrong_shapes_instead_of_a_batch():
             model(IDS, torch.ones(2, 31))
     batch = AutoTokenizer.from_pretrained(CONVERTED)(["a fox", "the lazy dog"], return_tensors="pt", padding=True)
     assert bart(**batch).logits.shape[0] == 2
+    with pytest.raises(TypeError, match=r"got BatchEncoding; pass what a tokenizer returns as model\(\*\*batch\)"):
+        bart(batch)
 
 
 def test_documents_and_labels_that_are_too_long():
