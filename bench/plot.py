@@ -69,14 +69,10 @@ def _small(run: Run, where: str) -> Any:
             ends[peer] = (xs[-1], ys[-1])
     if not ends:
         return None
-    ticks = _lengths(lines)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set_xticks(ticks, [f"{x // 1024}k" if x >= 1024 else str(x) for x in ticks], fontsize=11)
-    axis.tick_params(axis="y", labelsize=11)
+    _scale_by_length(axis, lines)
+    axis.tick_params(labelsize=11)
     axis.set_xlabel("tokens", fontsize=12)
     axis.set_ylabel(f"ms, {title}", fontsize=12)
-    axis.grid(alpha=0.3)
     canvas.draw_without_rendering()  # from here on the layout, and with it the scale of pixels, is known
     top = 0.0  # of the names below, in pixels
     for peer, end in sorted(ends.items(), key=lambda item: item[1][1]):
@@ -108,12 +104,8 @@ def _against_length(run: Run, label: str, value: Callable[[Figure], float | None
             style: dict[str, Any] = {"linewidth": 2.6, "zorder": 3} if peer in OURS else {"linewidth": 1.4}
             style["linestyle"] = "--" if peer in BOUNDS else "-"
             axis.plot(xs, ys, marker="o", markersize=4, color=_COLORS[peer], label=peer, **style)
-        ticks = _lengths(lines)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.set_xticks(ticks, [f"{x // 1024}k" if x >= 1024 else str(x) for x in ticks])
+        _scale_by_length(axis, lines)
         axis.set(title=title, xlabel="tokens", ylabel=label)
-        axis.grid(alpha=0.3)
     _legend(canvas, axes)
     canvas.supxlabel(note, fontsize=8, color="#555555")
     return canvas
@@ -128,6 +120,15 @@ def _panels(run: Run, value: Callable[[Figure], float | None]) -> dict[str, dict
             lines = panels.setdefault(figure["section"], {})
             lines.setdefault(figure["peer"], []).append((figure["case"].tokens, y))
     return {title: lines for title, lines in panels.items() if len(_lengths(lines)) > 1}
+
+
+def _scale_by_length(axis: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
+    """Logarithmic scales, with a tick at each length."""
+    ticks = _lengths(lines)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(ticks, [f"{x // 1024}k" if x >= 1024 else str(x) for x in ticks])
+    axis.grid(alpha=0.3)
 
 
 def _lengths(lines: dict[str, list[tuple[int, float]]]) -> list[int]:

@@ -25,7 +25,7 @@ needs_library = pytest.mark.skipif(library.missing_reason() is not None, reason=
 
 @pytest.fixture(autouse=True)
 def _several_threads():
-    """Also where the suite runs with one."""
+    """Two, also where the suite runs with one; a test may set another number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -131,16 +131,13 @@ def test_large_scores_are_as_exact_as_the_results_dtype(dtype, bound):
 def test_what_is_left_in_memory_does_not_matter(dtype):
     """Windows of 25 and 17 keys leave room in a vector, and in a pair of bfloat16."""
     pattern = LSGPattern(8, 0, 2, "none", 1)
-    inputs, threads = make_inputs(1, 1, 1 + 80, 16, dtype), torch.get_num_threads()
+    inputs = make_inputs(1, 1, 1 + 80, 16, dtype)
     torch.set_num_threads(1)
-    try:
-        for _ in range(3):
-            freed = [torch.full((size,), torch.nan) for size in range(16, 8192, 16) for _ in range(2)]
-            del freed
-            assert all(x.isfinite().all() for x in run_attention(inputs, pattern, implementation="cpp").values())
-            check(inputs, pattern)
-    finally:
-        torch.set_num_threads(threads)
+    for _ in range(3):
+        freed = [torch.full((size,), torch.nan) for size in range(16, 8192, 16) for _ in range(2)]
+        del freed
+        assert all(x.isfinite().all() for x in run_attention(inputs, pattern, implementation="cpp").values())
+        check(inputs, pattern)
 
 
 @needs_library
@@ -203,13 +200,10 @@ def test_same_bits_from_any_threads(dtype):
     """More threads than heads cut a head's blocks into groups, of which gradients of keys and values are sums."""
     pattern = LSGPattern(8, 8, 2, "pooling")
     inputs = make_inputs(1, 2, 1 + 300, 8, dtype)
-    results, threads = {}, torch.get_num_threads()
+    results = {}
     for count in (1, 2, 5, 5):
         torch.set_num_threads(count)
-        try:
-            got = check(inputs, pattern)
-        finally:
-            torch.set_num_threads(threads)
+        got = check(inputs, pattern)
         for name, x in got.items():
             assert torch.equal(x, results.setdefault((name, count), x))
             if name in ("out", "dquery"):

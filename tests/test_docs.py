@@ -139,7 +139,7 @@ def check(words, capsys):
         assert option == "--nproc-per-node"
         assert count.isdigit()
         if Path(arguments[0]).exists():  # the page has written it
-            run_processes(words[1:])
+            run_torchrun(words[1:])
         else:
             check_python(arguments, capsys)
     else:
@@ -161,7 +161,7 @@ def check_python(arguments, capsys):
         assert all(option in usage for option in options)
 
 
-def run_processes(arguments):
+def run_torchrun(arguments):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     # gloo's threads now and then outlive the interpreter, and abort a process that has done its work, which a later

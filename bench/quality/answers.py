@@ -19,15 +19,17 @@ _DEFAULT = Setting(TYPES[0], BLOCKS[0], FACTORS[0], mask_first_token=False)  # w
 
 def in_short(figures: Figures) -> list[str]:
     """The answers, one line each."""
-    types, blocks, factors = _by_type(figures), _by_block(figures), _by_factor(figures)
+    types = {f"`{name}`": figures.mean_score(labels) for name, labels in _by_type().items()}
+    blocks = {f"B = {block}": figures.mean_score(labels) for block, labels in _by_block().items()}
+    factors = {f"f = {factor}": figures.mean_score(labels) for factor, labels in _by_factor().items()}
     every = figures.mean_score(setting.label for setting in grid())
     masked, kept = _first_token(figures)
     return [
         "## In short",
         "",
-        f"- **Types**: {_spread({f'`{name}`': score for name, score in types.items()})}",
-        f"- **Block sizes**: {_spread({f'B = {block}': score for block, score in blocks.items()})}",
-        f"- **Factors**: {_spread({f'f = {factor}': score for factor, score in factors.items()})}",
+        f"- **Types**: {_spread(types)}",
+        f"- **Block sizes**: {_spread(blocks)}",
+        f"- **Factors**: {_spread(factors)}",
         f"- **First token**: with `mask_first_token=True` the score changes by {cells.against(masked, kept)}. Short "
         "texts are then read exactly as the plain model reads them.",
         f"- **Worth**: the mean of all conversions differs from the plain model's mean of pieces by "
@@ -45,20 +47,20 @@ def _spread(scores: dict[str, Floats]) -> str:
     return f"{best} has the highest score, {worst} the lowest; they differ by {gap}."
 
 
-def _by_type(figures: Figures) -> dict[str, Floats]:
-    """The mean score of each type."""
-    return {name: figures.mean_score(x.label for x in grid() if x.sparsity_type == name) for name in (*TYPES, "none")}
+def _by_type() -> dict[str, list[str]]:
+    """The rows of each type."""
+    return {name: [x.label for x in grid() if x.sparsity_type == name] for name in (*TYPES, "none")}
 
 
-def _by_block(figures: Figures) -> dict[int, Floats]:
-    """The mean score of each block size, over types with compressed keys."""
+def _by_block() -> dict[int, list[str]]:
+    """The rows of each block size, of types with compressed keys."""
     sparse = [setting for setting in grid() if setting.sparsity_factor]
-    return {block: figures.mean_score(x.label for x in sparse if x.block_size == block) for block in sorted(BLOCKS)}
+    return {block: [x.label for x in sparse if x.block_size == block] for block in sorted(BLOCKS)}
 
 
-def _by_factor(figures: Figures) -> dict[int, Floats]:
-    """The mean score of each factor."""
-    return {factor: figures.mean_score(x.label for x in grid() if x.sparsity_factor == factor) for factor in FACTORS}
+def _by_factor() -> dict[int, list[str]]:
+    """The rows of each factor."""
+    return {factor: [x.label for x in grid() if x.sparsity_factor == factor] for factor in FACTORS}
 
 
 def _first_token(figures: Figures) -> tuple[Floats, Floats]:
@@ -70,8 +72,8 @@ def _first_token(figures: Figures) -> tuple[Floats, Floats]:
 
 def types(figures: Figures) -> list[str]:
     """Means over block sizes and factors, and which types can be told apart."""
-    groups = {name: [x.label for x in grid() if x.sparsity_type == name] for name in (*TYPES, "none")}
-    scores = _by_type(figures)
+    groups = _by_type()
+    scores = {name: figures.mean_score(labels) for name, labels in groups.items()}
     order = sorted(groups, key=lambda name: -scores[name][0])
     rows = {}
     for name in order:
@@ -103,18 +105,14 @@ def types(figures: Figures) -> list[str]:
 
 def sizes(figures: Figures) -> list[str]:
     """Block sizes and factors: means over everything else."""
-    sparse = [setting for setting in grid() if setting.sparsity_factor]
-    by_block = {block: [x.label for x in sparse if x.block_size == block] for block in sorted(BLOCKS)}
-    by_factor = {factor: [x.label for x in sparse if x.sparsity_factor == factor] for factor in FACTORS}
     rows = {}
-    for what, groups, scores, default in (
-        ("B", by_block, _by_block(figures), BLOCKS[0]),
-        ("f", by_factor, _by_factor(figures), FACTORS[0]),
-    ):
+    for what, groups, default in (("B", _by_block(), BLOCKS[0]), ("f", _by_factor(), FACTORS[0])):
+        base = figures.mean_score(groups[default])
         for size, labels in groups.items():
-            gap = cells.against(scores[size], scores[default]) if size != default else "the default"
+            score = figures.mean_score(labels)
+            gap = cells.against(score, base) if size != default else "the default"
             shares = [*cells.kept(figures, labels), *cells.cost(figures, labels)]
-            rows[f"{what} = {size}"] = [cells.score(scores[size]), gap, *shares]
+            rows[f"{what} = {size}"] = [cells.score(score), gap, *shares]
     return [
         "## Which block size and factor?",
         "",

@@ -183,17 +183,14 @@ def _pattern(options: argparse.Namespace) -> None:
         for sparsity_type in options.sparsity_type
     ]
     what = (options.tokens, options.padding, options.head)
-    if options.out is not None and is_page(options.out):
-        save_pattern_page(options.out, patterns, *what)
-        return
-    if options.out is not None:
-        need_matplotlib("give --out the name of an HTML page, or omit it to print text")
-    kinds = [kinds_of_keys(pattern, *what) for pattern in patterns]
     if options.out is None:
-        for pattern, matrix in zip(patterns, kinds, strict=True):
-            print_pattern(make_console(), pattern, matrix)
+        for pattern in patterns:
+            print_pattern(make_console(), pattern, kinds_of_keys(pattern, *what))
+    elif is_page(options.out):
+        save_pattern_page(options.out, patterns, *what)
     else:
-        save_pattern(options.out, patterns, kinds)
+        need_matplotlib("give --out the name of an HTML page, or omit it to print text")
+        save_pattern(options.out, patterns, [kinds_of_keys(pattern, *what) for pattern in patterns])
 
 
 def _add_doctor(parser: argparse.ArgumentParser) -> None:
